@@ -1,0 +1,654 @@
+"""
+Plumbing that every train_<arch>.py shares: options, process group, data loader, cosine schedule, HellaSwag scorer, log,
+checkpoints, and the modes --tiny, --sample, --export and --bench. Nothing here knows what a layer is: a model is seen as
+    model(idx, targets) -> (logits, loss)        model.num_params() -> {"total", "active", "non_embedding"}
+    model.hidden(idx) -> (B, T, C)               model.flops_per_token() -> int
+    model.lm_head(hidden) -> logits              model.configure_optimizers(cfg, device_type) -> optimizer
+"""
+import argparse
+import contextlib
+import difflib
+import glob
+import inspect
+import itertools
+import json
+import math
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
+
+import numpy as np
+import tiktoken
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import fineweb
+import hellaswag
+
+PROMPT = "Hello, I'm a language model,"
+BENCH_WARMUP = 5  # steps that --bench does not count: compilation, first allocations
+# dense bf16 peak in FLOP/s, NVIDIA's data sheets; the first name that is part of the device's name counts
+PEAK_FLOPS = {"A100": 312e12, "H100 PCIe": 756e12, "H100": 989.4e12, "GH200": 989.4e12, "H200": 989.4e12, "B200": 2250e12,
+              "RTX 3090": 71e12, "RTX 4090": 165.2e12}
+# --tiny: about a minute on two CPU cores; each script adds the size of its model
+TINY_TRAINING = dict(total_batch_size=4096, batch_size=16, max_steps=300, warmup_steps=20, learning_rate=2e-3,
+                     eval_interval=100, val_tokens=32768, hella_limit=0, checkpoint_interval=100, sample_interval=300,
+                     data_dir="tiny_data", compile=False)
+
+
+# ---- errors and options ----------------------------------------------------------------------------------------------
+
+def fail(message):
+    """Bad input ends here: one line on stderr, exit code 1."""
+    sys.exit("error: " + " ".join(str(message).split())[:500])
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """Say what to do when memory runs out; a decorator or the head of a with statement."""
+    try:
+        yield
+    except RuntimeError as e:  # torch.OutOfMemoryError is one; the CPU's allocator has no class of its own
+        if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
+            raise
+        fail("out of memory: lower --batch_size (the result is the same: more micro-steps make up for it)")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        fail(f"{message} (--help lists the options)")
+
+
+def boolean(text):
+    return bool(["0", "false", "no", "1", "true", "yes"].index(text.lower()) // 3)
+
+
+def parse_args(Config, tiny):
+    """Command line -> (cfg, mode). Every field of the dataclass Config is an option, typed by the field and explained by
+    the comment beside it; mode has `sample` and `export` (str or None) and `bench` (int, 0 is off)."""
+    comments = dict(re.findall(r"^    (\w+):.*?  # (.*)$", inspect.getsource(Config), re.M))
+    parser = Parser(allow_abbrev=False, description=sys.modules[Config.__module__].__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in fields(Config):
+        kind = dict(type=boolean, nargs="?", const=True) if f.type is bool else dict(type=f.type)
+        text = f"{comments[f.name]} (default: {f.default})".replace("%", "%%")
+        parser.add_argument(f"--{f.name}", metavar=f.type.__name__, help=text, **kind)
+    parser.add_argument("--sample", metavar="TEXT", help="continue TEXT with the newest checkpoint, or with --resume=FILE")
+    parser.add_argument("--export", metavar="DIR", help="write that checkpoint as a Hugging Face folder")
+    parser.add_argument("--bench", metavar="N", type=int, default=0, help="time N steps on random tokens, keep nothing")
+    mode, unknown = parser.parse_known_args()
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, 1)
+        parser.error(f"unknown option {unknown[0]}" + (f", did you mean {near[0]}?" if near else ""))
+    given = {f.name: getattr(mode, f.name) for f in fields(Config) if getattr(mode, f.name) is not None}
+    if given.get("tiny"):
+        given = {**TINY_TRAINING, **tiny, **given}
+    if mode.bench:
+        given |= dict(max_steps=mode.bench + BENCH_WARMUP, eval_interval=0, hella_limit=0, sample_interval=0)
+    counts = ("max_steps", "warmup_steps", "seed", "eval_interval", "hella_limit", "checkpoint_interval", "sample_interval",
+              "bench")  # 0 makes sense
+    for name, value in {**given, "bench": mode.bench}.items():
+        least = 0 if isinstance(value, float) or name in counts else 1
+        if type(value) in (int, float) and not least <= value < math.inf:
+            fail(f"--{name}={value} is out of range: at least {least}")
+    if given.get("optimizer", "adamw") not in ("adamw", "muon"):
+        fail(f"--optimizer={given['optimizer']}: adamw or muon")
+    try:
+        return Config(**given), mode
+    except ValueError as e:
+        fail(e)
+
+
+# ---- processes and devices -------------------------------------------------------------------------------------------
+
+@dataclass
+class World:
+    """The processes of this run and the device of this one."""
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+
+    def sum(self, x):
+        """All-reduce in place. Sums only: gloo has no average."""
+        if self.size > 1:
+            dist.all_reduce(x)
+        return x
+
+    def local_first(self, work):
+        """work() writes files: one process of each machine does it while the others wait."""
+        if self.local_rank == 0:
+            work()
+        if self.size > 1:
+            dist.barrier()
+
+
+def default_device():
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def init_world(cfg):
+    """Join the process group if torchrun started this process, choose the device, and seed."""
+    rank, size, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    try:
+        world = World(torch.device(cfg.device), rank, size, local_rank)
+        if world.device.type == "cuda":
+            if size > 1:
+                world.device = torch.device("cuda", local_rank)
+            torch.cuda.set_device(world.device)
+            torch.set_float32_matmul_precision("high")
+        torch.empty(1, device=world.device)
+    except (RuntimeError, AssertionError) as e:
+        fail(f"--device={cfg.device} cannot be used: {str(e).splitlines()[0]}")
+    if size > 1:
+        dist.init_process_group("nccl" if world.device.type == "cuda" else "gloo")
+    torch.manual_seed(cfg.seed)
+    return world
+
+
+def accumulation_steps(cfg, world):
+    """Micro-steps a step: a step is total_batch_size tokens whatever the number of processes."""
+    rows, rest = divmod(cfg.total_batch_size, cfg.block_size * world.size)
+    if rest or rows % cfg.batch_size:
+        fit = [] if rest else [b for b in range(1, min(rows, 512) + 1) if rows % b == 0]
+        fail(f"--total_batch_size={cfg.total_batch_size} does not divide into {world.size} processes x --batch_size="
+             f"{cfg.batch_size} x --block_size={cfg.block_size}; values of --batch_size that do: {fit or 'none'}")
+    return rows // cfg.batch_size
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+def write_tiny(folder):
+    """Byte-level shards of text that every Python carries, the reference manual in pydoc_data; byte 0 in front of each
+    document."""
+    from pydoc_data.topics import topics
+    data = np.frombuffer("".join("\0" + text for text in topics.values()).encode(), np.uint8)
+    n = len(data) // 10
+    os.makedirs(folder, exist_ok=True)
+    fineweb.write_shard(os.path.join(folder, "tiny_val_000000.bin"), data[:n])
+    fineweb.write_shard(os.path.join(folder, "tiny_train_000001.bin"), data[n:])
+
+
+class DataLoader:
+    """The shards of one split, in name order, as one endless stream of tokens.
+
+    Step s trains on tokens [s * total_batch_size, (s + 1) * total_batch_size) and on nothing else; rank and micro-step are
+    offsets into that. So the data of a step depends neither on the number of processes nor on when the run was resumed.
+    Past its end the stream starts again. Rows are cut without regard to documents, as GPT-2 and GPT-3 were trained
+    (GPT-3 paper, appendix B): attention may reach into the document before.
+    """
+
+    def __init__(self, cfg, split, world, synthetic=False):
+        self.B, self.T, self.total_batch_size, self.vocab_size = cfg.batch_size, cfg.block_size, cfg.total_batch_size, cfg.vocab_size
+        self.world = world
+        if synthetic:
+            self.paths, tokens = [], np.random.default_rng(0).integers(0, min(50257, cfg.vocab_size), 2**20, np.uint16)
+            self.shards = [tokens]
+        else:
+            if cfg.tiny and cfg.data_dir == TINY_TRAINING["data_dir"]:
+                world.local_first(lambda: write_tiny(cfg.data_dir))
+            self.paths = sorted(glob.glob(os.path.join(glob.escape(cfg.data_dir), f"*_{split}_*.bin")))
+            if not self.paths:
+                fail(f"no {split} shards (*_{split}_*.bin) in {cfg.data_dir}: make them with fineweb.py or say --data_dir=DIR")
+            self.shards = [self.open(path) for path in self.paths]
+        self.ends = np.cumsum([len(shard) for shard in self.shards])
+        self.n_tokens = int(self.ends[-1])
+        self.val_rows = min(cfg.val_tokens, self.n_tokens - 1) // self.T  # whole rows of the first val_tokens tokens
+        if not self.val_rows:
+            fail(f"--val_tokens={cfg.val_tokens} or the {self.n_tokens} tokens of the {split} shards in {cfg.data_dir} are less "
+                 f"than one row of --block_size={self.T}")
+
+    def open(self, path):
+        try:
+            return fineweb.open_shard(path)
+        except (OSError, ValueError) as e:
+            fail(f"{path}: {e}")
+
+    def read(self, start, n):
+        """Tokens [start, start + n) of the stream, uint16."""
+        out, filled = np.empty(n, np.uint16), 0
+        while filled < n:
+            position = (start + filled) % self.n_tokens
+            i = int(np.searchsorted(self.ends, position, side="right"))
+            piece = self.shards[i][position - self.ends[i]:][:n - filled]  # a negative index: from the shard's end
+            if piece.max() >= self.vocab_size:
+                fail(f"{self.paths[i]} holds token {piece.max()}, beyond --vocab_size={self.vocab_size}")
+            out[filled:filled + len(piece)] = piece
+            filled += len(piece)
+        return out
+
+    def stream(self, jobs):
+        """(start, rows) pairs -> (x, y, rows), x and y int64 (B, T) on the device; targets past `rows` rows are -1. A thread
+        reads the next micro-batch while the device works on this one."""
+        def load(start, rows):
+            tokens = torch.from_numpy(self.read(start, rows * self.T + 1).view(np.int16))
+            return tokens.pin_memory() if self.world.device.type == "cuda" else tokens
+
+        def batch(future, rows):
+            tokens = future.result().to(self.world.device, non_blocking=True).long() & 0xFFFF  # widened there, not here
+            pad = (0, (self.B - rows) * self.T)
+            return F.pad(tokens[:-1], pad).view(self.B, self.T), F.pad(tokens[1:], pad, value=-1).view(self.B, self.T), rows
+
+        with ThreadPoolExecutor(1) as pool:
+            ahead = deque()
+            for start, rows in jobs:
+                ahead.append((pool.submit(load, start, rows), rows))
+                if len(ahead) > 1:
+                    yield batch(*ahead.popleft())
+            for item in ahead:
+                yield batch(*item)
+
+    def train_batches(self, start_step, micro_steps):
+        """This rank's endless micro-batches from the first of start_step on."""
+        n, rank, size = self.B * self.T, self.world.rank, self.world.size
+        return self.stream((step * self.total_batch_size + (micro * size + rank) * n, self.B)
+                           for step in itertools.count(start_step) for micro in range(micro_steps))
+
+    def val_batches(self):
+        """This rank's share of the val_rows rows: the same tokens whatever the batch size."""
+        rank, size = self.world.rank, self.world.size
+        return self.stream((row * self.T, min(self.B, self.val_rows - row))
+                           for row in range(rank * self.B, self.val_rows, size * self.B))
+
+
+# ---- optimisation ----------------------------------------------------------------------------------------------------
+
+def cosine_lr(cfg, step):
+    """Learning rate of update `step`: linear warm-up, then a cosine that reaches min_lr_ratio x the peak at max_steps
+    (GPT-3 paper, appendix B)."""
+    if step < cfg.warmup_steps:
+        return cfg.learning_rate * (step + 1) / cfg.warmup_steps
+    progress = min(1.0, (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps))
+    return cfg.learning_rate * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+class Optimizers(list):
+    """Several optimizers that look like one: Muon for matrices, AdamW for the rest."""
+
+    @property
+    def param_groups(self):
+        return [group for optimizer in self for group in optimizer.param_groups]
+
+    def step(self):
+        for optimizer in self:
+            optimizer.step()
+
+    def zero_grad(self):
+        for optimizer in self:
+            optimizer.zero_grad()
+
+    def state_dict(self):
+        return [optimizer.state_dict() for optimizer in self]
+
+    def load_state_dict(self, states):
+        for optimizer, state in zip(self, states, strict=True):
+            optimizer.load_state_dict(state)
+
+
+# ---- text ------------------------------------------------------------------------------------------------------------
+
+class Bytes:
+    """The tokenizer of vocabularies that are too small for GPT-2's."""
+    n_vocab, eot_token = 256, 0
+
+    def encode_ordinary(self, text):
+        return list(text.encode())
+
+    def decode(self, ids):
+        return bytes(ids).decode(errors="replace")
+
+
+def get_tokenizer(vocab_size):
+    """GPT-2's BPE from 50,257 tokens on, else bytes. None when the BPE can be neither found nor downloaded."""
+    try:
+        return tiktoken.get_encoding("gpt2") if vocab_size >= 50257 else Bytes()
+    except OSError as e:
+        print(f"no tokenizer, so no text: GPT-2's BPE cannot be downloaded ({type(e).__name__}); where it was once, set "
+              "TIKTOKEN_CACHE_DIR", file=sys.stderr)
+
+
+def generate(model, tokenizer, prompt, block_size, device, seed, new_tokens=100, top_k=50):
+    """Continue prompt (str) by sampling among the top_k tokens. The vocabulary's padding is never drawn."""
+    ids = tokenizer.encode_ordinary(prompt) or [tokenizer.eot_token]
+    if len(ids) > block_size:
+        fail(f"the prompt has {len(ids)} tokens, the context of this model {block_size}")
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _ in range(new_tokens):
+            hidden = model.hidden(torch.tensor([ids[-block_size:]], device=device))
+            logits = model.lm_head(hidden[:, -1]).float().cpu()[0, :tokenizer.n_vocab]
+            values, choices = logits.topk(min(top_k, len(logits)))
+            ids.append(choices[torch.multinomial(values.softmax(-1), 1, generator=rng)].item())
+    return tokenizer.decode(ids)
+
+
+def load_hellaswag(cfg, world, tokenizer):
+    """The scorer for this run. None, said once, without file and network; a file that was asked for must be there."""
+    def fetch():
+        try:
+            hellaswag.fetch()
+        except OSError as e:
+            print(f"no HellaSwag in this run: {e}; put {hellaswag.FILE} here, or say --hellaswag_file=FILE", file=sys.stderr)
+
+    if not cfg.hella_limit or tokenizer is None:
+        return None
+    if cfg.hellaswag_file == hellaswag.FILE:
+        world.local_first(fetch)
+        if not os.path.exists(hellaswag.FILE):
+            return None
+    try:
+        items = hellaswag.load(cfg.hellaswag_file)[:cfg.hella_limit]
+    except (OSError, ValueError) as e:
+        fail(e)
+    return HellaSwag(items, tokenizer, cfg.block_size, cfg.batch_size * cfg.block_size, world, cfg.compile)
+
+
+class HellaSwag:
+    """Scores every item in few large forward passes. Rows are sorted by length and padded on the right, which a causal
+    model does not notice; for a compiled model to multiples of 64 and a fixed number of rows a width, so that it compiles
+    a handful of shapes once. The head sees the ending positions only. The answer depends on none of this."""
+
+    def __init__(self, items, tokenizer, block_size, batch_tokens, world, compile=False):
+        self.labels = np.array([item["label"] for item in items])
+        self.world, self.compile, self.hidden, self.batches = world, compile, None, []
+        rows = [(ids[-block_size:], min(n, block_size - 1)) for item in items  # row 4 i + j is ending j of item i
+                for ids, n in hellaswag.render(item, tokenizer.encode_ordinary)]
+        self.n_ending = torch.tensor([n for _, n in rows]).view(-1, 4)
+        multiple = 64 if compile else 8
+        width = [min(block_size, -(-len(ids) // multiple) * multiple) for ids, _ in rows]
+        for w, group in itertools.groupby(sorted(range(len(rows)), key=width.__getitem__), width.__getitem__):
+            group, n_rows = list(group), max(1, batch_tokens // w)
+            for k in range(0, len(group), n_rows):
+                tokens = torch.zeros(n_rows if compile else len(group[k:k + n_rows]), w, dtype=torch.long)
+                ending = []  # (row in the batch, position before the token, the token, row overall) of each ending token
+                for r, i in enumerate(group[k:k + n_rows]):
+                    ids, n = rows[i]
+                    tokens[r, :len(ids)] = torch.tensor(ids)
+                    ending += [(r, t - 1, ids[t], i) for t in range(len(ids) - n, len(ids))]
+                self.batches.append((tokens, torch.tensor(ending).T))
+        self.batches = self.batches[world.rank::world.size]
+
+    def score(self, model, progress=False):
+        """Two bool arrays with an entry an item: right by summed loss (acc), right by loss per token (acc_norm)."""
+        if self.hidden is None:
+            self.hidden = torch.compile(model.hidden, dynamic=False) if self.compile else model.hidden
+        device = self.world.device
+        losses = torch.zeros(self.n_ending.numel(), device=device)
+        with torch.no_grad(), self.world.autocast():
+            for tokens, ending in tqdm(self.batches, desc="HellaSwag", unit="batch", disable=not progress):
+                row, position, target, index = ending.to(device)
+                hidden = self.hidden(tokens.to(device))[row, position]
+                for h, t, i in zip(hidden.split(1024), target.split(1024), index.split(1024)):  # bounds the logits' memory
+                    losses.index_add_(0, i, F.cross_entropy(model.lm_head(h).float(), t, reduction="none"))
+        losses = self.world.sum(losses).cpu().view(-1, 4)
+        return tuple(x.argmin(1).numpy() == self.labels for x in (losses, losses / self.n_ending))
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+def read_checkpoint(path):
+    """The dict that Run.save wrote, tensors on the CPU. Raises ValueError with a one-line reason; never runs code."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if not {"arch", "step", "config", "model", "optimizer"} <= set(checkpoint):
+            raise ValueError("entries are missing")
+        return checkpoint
+    except pickle.UnpicklingError:
+        raise ValueError(f"{path} is damaged or not plain data (it may carry code, which was not run)") from None
+    except (OSError, RuntimeError, EOFError, TypeError, ValueError) as e:
+        raise ValueError(f"{path} is not a readable checkpoint: {e}") from None
+
+
+def checkpoints(folder):
+    """{step: path} of the checkpoints in a folder, the newest first."""
+    found = {int(m[1]): path for path in glob.glob(os.path.join(glob.escape(folder), "model_*.pt"))
+             if (m := re.search(r"model_(\d+)\.pt$", path))}
+    return dict(sorted(found.items(), reverse=True))
+
+
+def find_checkpoint(cfg):
+    """(path, checkpoint) that --resume names: a file, or with "auto" the newest readable one in log_dir, or (None, None)."""
+    passed_over = []
+    for path in checkpoints(cfg.log_dir).values() if cfg.resume in ("", "auto") else [cfg.resume]:
+        try:
+            checkpoint = read_checkpoint(path)
+        except ValueError as e:
+            passed_over.append(e)
+            continue
+        for e in passed_over:
+            print(f"passed over: {e}", file=sys.stderr)
+        return path, checkpoint
+    if passed_over:
+        fail(passed_over[0])
+    return None, None
+
+
+def load_weights(model, arch, path, checkpoint):
+    if checkpoint["arch"] != arch:
+        fail(f"{path} holds a {checkpoint['arch']} model, not {arch}: use train_{checkpoint['arch']}.py")
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError as e:
+        fail(f"{path} does not fit this model: {e}")
+
+
+def load_model(path, checkpoint, arch, Config, Model):
+    """(model, cfg) of a checkpoint, in the shape it was trained in."""
+    try:
+        model = Model(Config(**checkpoint["config"]))
+    except (TypeError, ValueError) as e:
+        fail(f"{path} has a configuration that train_{arch}.py does not know: {e}")
+    load_weights(model, arch, path, checkpoint)
+    return model.eval(), model.cfg
+
+
+def use_checkpoint(cfg, mode, arch, Config, Model, to_hf):
+    """--sample and --export."""
+    path, checkpoint = find_checkpoint(cfg)
+    if path is None:
+        fail(f"no checkpoint in {cfg.log_dir}: train first, or say --resume=FILE or --log_dir=DIR")
+    model, trained = load_model(path, checkpoint, arch, Config, Model)
+    if mode.sample is not None:
+        device = init_world(cfg).device
+        if tokenizer := get_tokenizer(trained.vocab_size):
+            print(generate(model.to(device), tokenizer, mode.sample, trained.block_size, device, cfg.seed))
+    if mode.export:
+        if os.path.exists(mode.export) and os.listdir(mode.export):
+            fail(f"--export={mode.export}: this folder is not empty")
+        try:
+            to_hf(model.cpu()).save_pretrained(mode.export)
+        except ImportError:
+            fail("--export needs transformers: pip install transformers")
+        print(f"wrote {path}, step {checkpoint['step']}, to {mode.export}")
+
+
+# ---- the run: log, console, checkpoints ------------------------------------------------------------------------------
+
+class Run:
+    """One training run in its folder log_dir: log.txt, run.json, model_*.pt, hella_*.npy, and what the console shows.
+
+    A line of log.txt is `step stream value`; step counts the updates made so far. Nothing in it depends on time, so a run
+    that was interrupted and resumed ends with the bytes of one that was not.
+    """
+
+    def __init__(self, cfg, arch, world, model, optimizer, bench):
+        """Take up the checkpoint that --resume names, if any; self.start_step is where to begin. A benchmark keeps nothing."""
+        self.cfg, self.arch, self.world, self.model, self.optimizer, self.bench = cfg, arch, world, model, optimizer, bench
+        self.pending, self.seconds, self.interrupted, self.stopping = deque(), [], False, False
+        self.start_step, self.saved, self.file = 0, None, None
+        self.log_path, params = os.path.join(cfg.log_dir, "log.txt"), model.num_params()
+        self.flops = model.flops_per_token()
+        self.device_name = torch.cuda.get_device_name() if world.device.type == "cuda" else world.device.type
+        if cfg.resume and not bench:
+            self.resume()
+        if world.rank == 0 and not bench:
+            self.open_log(params)
+        for signum in signal.SIGINT, signal.SIGTERM:
+            signal.signal(signum, self.interrupt)
+        self.say(f"{arch}: {params['total']:,} parameters, {self.flops / 1e6:.1f} MFLOP a token, {world.size} x {self.device_name}")
+        self.bar = tqdm(initial=self.start_step, total=cfg.max_steps, unit="step", dynamic_ncols=True,
+                        disable=world.rank > 0 or not sys.stdout.isatty())
+        self.clock = time.perf_counter()
+
+    def resume(self):
+        cfg, (path, checkpoint) = self.cfg, find_checkpoint(self.cfg)
+        if path is None:
+            return self.say(f"no checkpoint in {cfg.log_dir}: beginning at step 0")
+        names, saved, now = [f.name for f in fields(cfg)], checkpoint["config"], asdict(cfg)
+        differ = [n for n in names if saved.get(n) != now[n] and n != "resume"]
+        of_model = [n for n in differ if n in names[:names.index("total_batch_size")]]
+        if of_model and checkpoint["arch"] == self.arch:
+            fail(f"{path} has another shape; to go on with it say " + " ".join(f"--{n}={saved.get(n)}" for n in of_model))
+        load_weights(self.model, self.arch, path, checkpoint)
+        options = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        try:
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+        except (ValueError, TypeError, KeyError) as e:
+            fail(f"{path} has the state of another --optimizer: {e}")
+        for group, now_given in zip(self.optimizer.param_groups, options):
+            group.update(now_given)  # decay and betas of this command line, not of the checkpoint's
+        self.start_step, self.saved = checkpoint["step"], path
+        newer = [p for step, p in checkpoints(cfg.log_dir).items() if step > self.start_step]
+        if newer and cfg.resume != "auto":
+            fail(f"{cfg.log_dir} holds checkpoints after step {self.start_step} ({newer[0]}): move them away, or say another --log_dir")
+        self.say(f"resumed {path} at step {self.start_step}" + "".join(f", {n} {saved.get(n)} -> {now[n]}" for n in differ))
+
+    def open_log(self, params):
+        """Drop what an earlier process logged from start_step on (and a torn last line); describe the run in run.json."""
+        cfg, kept = self.cfg, []
+        if os.path.exists(self.log_path):
+            if not cfg.resume:
+                fail(f"{cfg.log_dir} already holds a run: go on with it by --resume=auto, or choose another --log_dir")
+            with open(self.log_path, errors="replace") as f:
+                kept = [line for line in f if (m := re.fullmatch(r"(\d+) \w+ \S+\n", line)) and int(m[1]) < self.start_step]
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=os.path.dirname(os.path.abspath(__file__)),
+                                capture_output=True, text=True).stdout.strip()
+        info = {"arch": self.arch, "config": asdict(cfg), "params": params, "flops_per_token": self.flops, "git_commit": commit,
+                "device": self.device_name, "processes": self.world.size, "torch": torch.__version__,
+                "python": sys.version.split()[0], "command": sys.argv}
+        self.write("log.txt", lambda f: f.write("".join(kept).encode()))
+        self.write("run.json", lambda f: f.write(json.dumps(info, indent=1).encode()))
+        self.file = open(self.log_path, "a", buffering=1)
+
+    def write(self, name, write):
+        """A file of this run, whole or not at all: what was there before survives a full disk and a kill -9."""
+        path = os.path.join(self.cfg.log_dir, name)
+        try:
+            os.makedirs(self.cfg.log_dir, exist_ok=True)
+            with fineweb.replacing(path) as f:
+                write(f)
+        except (OSError, RuntimeError) as e:  # torch.save wraps the OSError of a full disk
+            fail(f"cannot write {path}: {e}; what was there before is untouched")
+        return path
+
+    def interrupt(self, signum, frame):
+        self.interrupted = True  # finish the step, save, leave
+        signal.signal(signum, signal.SIG_DFL)  # a second one ends the process at once
+
+    def say(self, text):
+        if self.world.rank == 0:
+            tqdm.write(text)
+            sys.stdout.flush()
+
+    def log(self, step, stream, value):
+        if self.file:
+            self.file.write(f"{step} {stream} {value}\n")
+
+    def train(self, step, loss, norm, lr):
+        """Report update `step`. Its numbers are read while the next step runs, so that the device never waits."""
+        stats = torch.stack([loss, norm, torch.full_like(loss, self.interrupted)]) / self.world.size
+        cuda = self.world.device.type == "cuda"
+        stats = self.world.sum(stats).to("cpu", non_blocking=cuda)
+        copied = torch.cuda.Event() if cuda else None
+        if cuda:
+            copied.record()
+        self.pending.append((step, lr, stats, copied))
+        if len(self.pending) > cuda:
+            self.read()
+
+    def read(self):
+        step, lr, stats, copied = self.pending.popleft()
+        if copied:
+            copied.synchronize()
+        loss, norm, interrupted = stats.tolist()
+        now = time.perf_counter()
+        seconds, self.clock = now - self.clock, now
+        if not math.isfinite(loss + norm):
+            fail(f"step {step}: the loss is {loss}, the gradient norm {norm}. Nothing of this was saved: go on from "
+                 f"{self.saved or 'the start'} with a lower --learning_rate or a longer --warmup_steps")
+        self.stopping = interrupted > 0  # whichever process was told to stop, all stop at the same step
+        self.seconds.append(seconds)
+        for stream, value in ("train", f"{loss:.6f}"), ("lr", f"{lr:.4e}"), ("norm", f"{norm:.4f}"):
+            self.log(step, stream, value)
+        self.say(f"step {step:5d}/{self.cfg.max_steps} | loss {loss:.6f} | lr {lr:.4e} | norm {norm:.4f} | {self.speed(seconds)}")
+        self.bar.update()
+
+    def flush(self):
+        """Read what is pending: nothing is evaluated or saved after a bad update."""
+        while self.pending:
+            self.read()
+
+    def speed(self, seconds):
+        """Milliseconds, tokens/s, MFU and peak memory. MFU (PaLM paper, appendix B): flops_per_token x tokens/s over the
+        device's dense bf16 peak, flops_per_token = 6 N + 12 L d T with N the parameters that enter matrix products."""
+        rate, peak = self.cfg.total_batch_size / seconds, [v for k, v in PEAK_FLOPS.items() if k in self.device_name]
+        text = f"{seconds * 1000:.1f} ms | {rate:,.0f} tok/s"
+        if peak:
+            text += f" | {self.flops * rate / self.world.size / peak[0]:.1%} MFU"
+        if self.world.device.type == "cuda":
+            text += f" | {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+        return text
+
+    def val(self, step, loss):
+        self.log(step, "val", f"{loss:.4f}")
+        self.say(f"step {step:5d} | validation loss {loss:.4f}")
+        self.clock = time.perf_counter()
+
+    def hella(self, step, correct):
+        p = correct.mean()
+        if self.file:
+            self.write(f"hella_{step}.npy", lambda f: np.save(f, correct))
+        self.log(step, "hella", f"{p:.4f}")
+        self.say(f"step {step:5d} | HellaSwag {p:.4f} +- {math.sqrt(p * (1 - p) / len(correct)):.4f}, {len(correct)} items in "
+                 f"{time.perf_counter() - self.clock:.1f} s")
+        self.clock = time.perf_counter()
+
+    def sample(self, step, tokenizer):
+        if self.world.rank == 0:
+            with self.world.autocast():
+                text = generate(self.model, tokenizer, PROMPT, self.cfg.block_size, self.world.device, self.cfg.seed)
+            self.say(f"step {step:5d} | sample: {text}")
+        self.clock = time.perf_counter()
+
+    def save(self, step):
+        self.flush()
+        if self.file:
+            state = {"arch": self.arch, "step": step, "config": asdict(self.cfg), "model": self.model.state_dict(),
+                     "optimizer": self.optimizer.state_dict()}
+            self.saved = self.write(f"model_{step:05d}.pt", lambda f: torch.save(state, f))
+        self.clock = time.perf_counter()
+
+    def close(self):
+        self.flush()
+        self.bar.close()
+        if self.bench:
+            self.say(f"median of {self.bench} steps: {self.speed(float(np.median(self.seconds[BENCH_WARMUP:])))}")
+        elif self.stopping:
+            self.say(f"stopped; {self.saved} holds everything: go on with --resume=auto")
+        else:
+            self.say(f"log: {self.log_path}\ncheckpoint: {self.saved}\nnext: python train_{self.arch}.py "
+                     f"--log_dir={self.cfg.log_dir} --sample=\"{PROMPT}\"")
+        if self.world.size > 1:
+            dist.destroy_process_group()

@@ -1,0 +1,126 @@
+"""
+HellaSwag (Zellers et al. 2019, https://arxiv.org/abs/1905.07830): which of four endings continues a short context?
+
+    python hellaswag.py log/gpt2/model_19073.pt    # score a checkpoint of any train_<arch>.py
+    python hellaswag.py gpt2                       # score a Hugging Face model with GPT-2's vocabulary
+                                                   # (OpenAI's 124M: acc 0.2859, acc_norm 0.2955)
+
+Completion style, as build-nanogpt's hellaswag.py: the model reads context + " " + ending, and picks the ending with the
+lowest summed loss (acc) or the lowest loss per token (acc_norm). The scorer itself is `HellaSwag` in common.py; this
+file knows where the task comes from, what an item looks like, and how it becomes tokens.
+"""
+import argparse
+import hashlib
+import http.client
+import importlib
+import json
+import lzma
+import os
+import time
+import urllib.request
+
+import torch
+
+URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
+SIZE, SHA256 = 12_246_618, "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
+FILE = "hellaswag_val.jsonl"  # where fetch() puts it
+
+
+def fetch(path=FILE):
+    """Download the validation set to `path` unless it is there. Raises OSError when it cannot be had whole and genuine."""
+    if os.path.exists(path):
+        return
+    try:
+        with urllib.request.urlopen(URL, timeout=30) as response:
+            data = response.read()
+    except http.client.HTTPException as e:
+        raise OSError(f"{URL}: {e!r}") from None
+    if len(data) != SIZE or hashlib.sha256(data).hexdigest() != SHA256:
+        raise OSError(f"{URL} gave {len(data)} bytes that are not HellaSwag's validation set")
+    part = f"{path}.{os.getpid()}.tmp"
+    with open(part, "wb") as f:
+        f.write(data)
+    os.replace(part, path)
+
+
+def load(path):
+    """The items of a .jsonl or .jsonl.xz file: dicts with `ctx` (str), `endings` (4 str) and `label` (0..3).
+    Raises ValueError that names the line when one is not such an item, OSError when the file cannot be read."""
+    items = []
+    with (lzma.open if str(path).endswith(".xz") else open)(path, "rb") as f:
+        try:
+            for n, line in enumerate(f, 1):
+                item = json.loads(line)
+                item = {"ctx": item["ctx"], "endings": item["endings"], "label": int(item["label"])}
+                texts = [item["ctx"], *item["endings"]]
+                if len(texts) != 5 or not all(isinstance(t, str) and t for t in texts) or item["label"] not in range(4):
+                    raise ValueError
+                items.append(item)
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{path}, line {n}: not a HellaSwag item (ctx, four endings, label 0..3)") from None
+        except (EOFError, lzma.LZMAError) as e:
+            raise ValueError(f"{path}: damaged after line {len(items)}: {e}") from None
+    if not items:
+        raise ValueError(f"{path}: no HellaSwag items in it")
+    return items
+
+
+def render(item, encode):
+    """One item -> four pairs (tokens of context + ending, number of ending tokens). The context is tokenised apart from
+    the ending, which starts with a space: that is how GPT-2's vocabulary spells a word inside a text."""
+    ctx = encode(item["ctx"])
+    endings = [encode(" " + ending) for ending in item["endings"]]
+    return [(ctx + ending, len(ending)) for ending in endings]
+
+
+class HuggingFace(torch.nn.Module):
+    """A transformers model behind the two names that the scorer uses: hidden(idx) and lm_head(hidden)."""
+
+    def __init__(self, name):
+        super().__init__()
+        from transformers import AutoModelForCausalLM
+        self.model = AutoModelForCausalLM.from_pretrained(name)
+        self.lm_head = self.model.get_output_embeddings()
+
+    def hidden(self, idx):
+        return self.model.base_model(idx).last_hidden_state
+
+
+def main():
+    import common  # not at the top: common imports this file
+    parser = argparse.ArgumentParser(description="HellaSwag accuracy of a checkpoint or of a Hugging Face model")
+    parser.add_argument("model", help="model_*.pt of a train script, or a Hugging Face name or folder (gpt2)")
+    parser.add_argument("--hellaswag_file", default=FILE, help="validation items, .jsonl or .jsonl.xz (%(default)s)")
+    parser.add_argument("--hella_limit", type=int, default=10042, help="score the first N items only")
+    parser.add_argument("--device", default=common.default_device(), help="cuda, mps or cpu (%(default)s)")
+    parser.add_argument("--batch_tokens", type=int, default=4096, help="tokens a forward pass; the result is the same")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the model")
+    args = parser.parse_args()
+    with common.one_line_errors():
+        items = common.hellaswag_items(args.hellaswag_file, args.hella_limit)
+        if not items:
+            common.fail(f"{args.hellaswag_file}: no HellaSwag items")
+        if os.path.isfile(args.model):
+            arch = common.load_checkpoint(args.model)["arch"]
+            script = importlib.import_module(f"train_{arch}")
+            model, cfg = common.load_model(args.model, script.Config, script.Model)
+            vocab_size, block_size = cfg.vocab_size, cfg.block_size
+        else:
+            try:
+                model = HuggingFace(args.model)
+            except (ImportError, OSError, ValueError) as e:
+                common.fail(f"{args.model}: neither a checkpoint nor a Hugging Face model: {str(e).splitlines()[0]}")
+            vocab_size, block_size = model.model.config.vocab_size, model.model.config.max_position_embeddings
+        world = common.World(device=torch.device(args.device))
+        hellaswag = common.HellaSwag(items, vocab_size, block_size, args.batch_tokens, world, args.compile)
+        start = time.time()
+        correct = hellaswag.score(model.to(world.device).eval(), progress=True)
+        seconds, n = time.time() - start, len(items)
+    for name, hits in zip(("acc", "acc_norm"), correct):
+        p = hits.mean()
+        print(f"{name:8s} {p:.4f} +- {(p * (1 - p) / n) ** 0.5:.4f}  ({hits.sum()}/{n})")
+    print(f"{n / seconds:.1f} items/s")
+
+
+if __name__ == "__main__":
+    main()
