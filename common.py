@@ -405,10 +405,9 @@ def read_checkpoint(path):
         if not {"arch", "step", "config", "model", "optimizer"} <= set(checkpoint):
             raise ValueError("entries are missing")
         return checkpoint
-    except pickle.UnpicklingError:
-        raise ValueError(f"{path} is damaged or not plain data (it may carry code, which was not run)") from None
-    except (OSError, RuntimeError, EOFError, TypeError, ValueError) as e:
-        raise ValueError(f"{path} is not a readable checkpoint: {e}") from None
+    except Exception as e:  # a damaged file can raise anything in torch.load
+        what = "damaged, or no plain data (it may carry code, which was not run)" if isinstance(e, pickle.UnpicklingError) else e
+        raise ValueError(f"{path} is not a readable checkpoint: {what}") from None
 
 
 def checkpoints(folder):
@@ -436,22 +435,26 @@ def find_checkpoint(cfg):
 
 
 def load_weights(model, arch, path, checkpoint):
-    if checkpoint["arch"] != arch:
-        fail(f"{path} holds a {checkpoint['arch']} model, not {arch}: use train_{checkpoint['arch']}.py")
     try:
         model.load_state_dict(checkpoint["model"])
     except RuntimeError as e:
-        fail(f"{path} does not fit this model: {e}")
+        fail(f"{path} does not fit train_{arch}.py: {e}")
+    return model
+
+
+def check_arch(arch, path, checkpoint):
+    if checkpoint["arch"] != arch:
+        fail(f"{path} holds a {checkpoint['arch']} model, not {arch}: use train_{checkpoint['arch']}.py")
 
 
 def load_model(path, checkpoint, arch, Config, Model):
-    """(model, cfg) of a checkpoint, in the shape it was trained in."""
+    """The model of a checkpoint, in the shape it was trained in; its configuration is model.cfg."""
+    check_arch(arch, path, checkpoint)
     try:
         model = Model(Config(**checkpoint["config"]))
     except (TypeError, ValueError) as e:
         fail(f"{path} has a configuration that train_{arch}.py does not know: {e}")
-    load_weights(model, arch, path, checkpoint)
-    return model.eval(), model.cfg
+    return load_weights(model, arch, path, checkpoint).eval()
 
 
 def use_checkpoint(cfg, mode, arch, Config, Model, to_hf):
@@ -459,11 +462,11 @@ def use_checkpoint(cfg, mode, arch, Config, Model, to_hf):
     path, checkpoint = find_checkpoint(cfg)
     if path is None:
         fail(f"no checkpoint in {cfg.log_dir}: train first, or say --resume=FILE or --log_dir=DIR")
-    model, trained = load_model(path, checkpoint, arch, Config, Model)
+    model = load_model(path, checkpoint, arch, Config, Model)
     if mode.sample is not None:
         device = init_world(cfg).device
-        if tokenizer := get_tokenizer(trained.vocab_size):
-            print(generate(model.to(device), tokenizer, mode.sample, trained.block_size, device, cfg.seed))
+        if tokenizer := get_tokenizer(model.cfg.vocab_size):
+            print(generate(model.to(device), tokenizer, mode.sample, model.cfg.block_size, device, cfg.seed))
     if mode.export:
         if os.path.exists(mode.export) and os.listdir(mode.export):
             fail(f"--export={mode.export}: this folder is not empty")
@@ -506,19 +509,17 @@ class Run:
         cfg, (path, checkpoint) = self.cfg, find_checkpoint(self.cfg)
         if path is None:
             return self.say(f"no checkpoint in {cfg.log_dir}: beginning at step 0")
+        check_arch(self.arch, path, checkpoint)
         names, saved, now = [f.name for f in fields(cfg)], checkpoint["config"], asdict(cfg)
         differ = [n for n in names if saved.get(n) != now[n] and n != "resume"]
-        of_model = [n for n in differ if n in names[:names.index("total_batch_size")]]
-        if of_model and checkpoint["arch"] == self.arch:
-            fail(f"{path} has another shape; to go on with it say " + " ".join(f"--{n}={saved.get(n)}" for n in of_model))
+        fixed = [n for n in differ if n in names[:names.index("total_batch_size")] or n == "optimizer"]
+        if fixed:
+            fail(f"{path} has another shape or optimizer; to go on with it say " + " ".join(f"--{n}={saved.get(n)}" for n in fixed))
         load_weights(self.model, self.arch, path, checkpoint)
         options = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        try:
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
-        except (ValueError, TypeError, KeyError) as e:
-            fail(f"{path} has the state of another --optimizer: {e}")
-        for group, now_given in zip(self.optimizer.param_groups, options):
-            group.update(now_given)  # decay and betas of this command line, not of the checkpoint's
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        for group, given in zip(self.optimizer.param_groups, options):
+            group.update(given)  # decay and betas of this command line, not of the checkpoint's
         self.start_step, self.saved = checkpoint["step"], path
         newer = [p for step, p in checkpoints(cfg.log_dir).items() if step > self.start_step]
         if newer and cfg.resume != "auto":

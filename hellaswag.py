@@ -9,13 +9,13 @@ Completion style, as build-nanogpt's hellaswag.py: the model reads context + " "
 lowest summed loss (acc) or the lowest loss per token (acc_norm). The scorer itself is `HellaSwag` in common.py; this
 file knows where the task comes from, what an item looks like, and how it becomes tokens.
 """
-import argparse
 import hashlib
 import http.client
 import importlib
 import json
 import lzma
 import os
+import sys
 import time
 import urllib.request
 
@@ -74,7 +74,7 @@ def render(item, encode):
 
 
 class HuggingFace(torch.nn.Module):
-    """A transformers model behind the two names that the scorer uses: hidden(idx) and lm_head(hidden)."""
+    """A transformers model with the two names that the scorer uses: hidden(idx) and lm_head(hidden)."""
 
     def __init__(self, name):
         super().__init__()
@@ -88,34 +88,38 @@ class HuggingFace(torch.nn.Module):
 
 def main():
     import common  # not at the top: common imports this file
-    parser = argparse.ArgumentParser(description="HellaSwag accuracy of a checkpoint or of a Hugging Face model")
-    parser.add_argument("model", help="model_*.pt of a train script, or a Hugging Face name or folder (gpt2)")
-    parser.add_argument("--hellaswag_file", default=FILE, help="validation items, .jsonl or .jsonl.xz (%(default)s)")
+    parser = common.Parser(description="HellaSwag accuracy of a checkpoint or of a Hugging Face model")
+    parser.add_argument("model", help="model_*.pt of a train script, or the name or folder of a Hugging Face model")
+    parser.add_argument("--hellaswag_file", default=FILE, help="items, .jsonl or .jsonl.xz (%(default)s: downloaded if missing)")
     parser.add_argument("--hella_limit", type=int, default=10042, help="score the first N items only")
+    parser.add_argument("--batch_size", type=int, default=4, help="full rows in a forward pass; the result is the same")
     parser.add_argument("--device", default=common.default_device(), help="cuda, mps or cpu (%(default)s)")
-    parser.add_argument("--batch_tokens", type=int, default=4096, help="tokens a forward pass; the result is the same")
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
+    parser.set_defaults(seed=0)
     args = parser.parse_args()
     with common.one_line_errors():
-        items = common.hellaswag_items(args.hellaswag_file, args.hella_limit)
-        if not items:
-            common.fail(f"{args.hellaswag_file}: no HellaSwag items")
-        if os.path.isfile(args.model):
-            arch = common.load_checkpoint(args.model)["arch"]
-            script = importlib.import_module(f"train_{arch}")
-            model, cfg = common.load_model(args.model, script.Config, script.Model)
-            vocab_size, block_size = cfg.vocab_size, cfg.block_size
+        if args.model.endswith(".pt") or os.path.isfile(args.model):
+            try:
+                checkpoint = common.read_checkpoint(args.model)
+                arch = checkpoint["arch"]
+                script = importlib.import_module(f"train_{arch}")
+            except (ImportError, ValueError) as e:
+                common.fail(e)
+            model = common.load_model(args.model, checkpoint, arch, script.Config, script.Model)
+            vocab_size, args.block_size = model.cfg.vocab_size, model.cfg.block_size
         else:
             try:
                 model = HuggingFace(args.model)
             except (ImportError, OSError, ValueError) as e:
-                common.fail(f"{args.model}: neither a checkpoint nor a Hugging Face model: {str(e).splitlines()[0]}")
-            vocab_size, block_size = model.model.config.vocab_size, model.model.config.max_position_embeddings
-        world = common.World(device=torch.device(args.device))
-        hellaswag = common.HellaSwag(items, vocab_size, block_size, args.batch_tokens, world, args.compile)
+                common.fail(f"{args.model} is neither a checkpoint nor a Hugging Face model: {e}")
+            vocab_size, args.block_size = model.model.config.vocab_size, model.model.config.max_position_embeddings
+            if vocab_size != 256 and not 50257 <= vocab_size <= 50304:
+                common.fail(f"{args.model} has {vocab_size} tokens: not GPT-2's vocabulary, which this task is rendered in")
+        world = common.init_world(args)
+        scorer = common.load_hellaswag(args, world, common.get_tokenizer(vocab_size)) or sys.exit(1)
         start = time.time()
-        correct = hellaswag.score(model.to(world.device).eval(), progress=True)
-        seconds, n = time.time() - start, len(items)
+        correct = scorer.score(model.to(world.device).eval(), progress=True)
+        n, seconds = len(scorer.labels), time.time() - start
     for name, hits in zip(("acc", "acc_norm"), correct):
         p = hits.mean()
         print(f"{name:8s} {p:.4f} +- {(p * (1 - p) / n) ** 0.5:.4f}  ({hits.sum()}/{n})")

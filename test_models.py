@@ -288,4 +288,479 @@ def test_gpt2_starts_from_published_weights(monkeypatch, capsys):
     train("gpt2", monkeypatch, "--init_from=published", *options)
     checkpoint = common.read_checkpoint("log/gpt2-tiny/model_00001.pt")
     assert checkpoint["config"]["n_layer"] == 3 and not checkpoint["config"]["init_from"]
-    bad(capsys, lambda: train("gpt2", monkeypatch, "--init_from=nowhere", *options), "nowhere")
+    os.mkdir("empty")
+    bad(capsys, lambda: train("gpt2", monkeypatch, "--init_from=empty", *options), "--init_from=empty")
+
+
+# ---- data and schedule -----------------------------------------------------------------------------------------------
+
+def loader(split, world_size=1, rank=0, **options):
+    cfg = SCRIPTS["gpt2"].Config(**{**dict(block_size=16, batch_size=4, total_batch_size=1024, vocab_size=256, data_dir="data",
+                                           val_tokens=3000), **options})
+    return common.DataLoader(cfg, split, common.World(torch.device("cpu"), rank, world_size), False)
+
+
+@pytest.mark.parametrize("batch_size, world_size", [(4, 1), (16, 1), (64, 1), (2, 2), (4, 8), (1, 4)])
+def test_a_step_is_a_slice_of_the_stream(batch_size, world_size):
+    """Step s is tokens [1024 s, 1024 (s + 1)) for every split into processes and micro-steps, from every starting step, over
+    shard boundaries and, after 29 steps, over the end of the data."""
+    train, _ = shards("data")
+    stream = np.concatenate([train, train])
+    micro_steps = 1024 // (16 * batch_size * world_size)
+    for start in 0, 27:
+        ranks = [loader("train", world_size, r, batch_size=batch_size).train_batches(start, micro_steps) for r in range(world_size)]
+        for step in range(start, start + 4):
+            rows = [next(ranks[r])[:2] for _ in range(micro_steps) for r in range(world_size)]
+            x, y = (torch.cat(z).flatten().numpy() for z in zip(*rows))
+            assert (x == stream[1024 * step:1024 * (step + 1)]).all() and (y == stream[1024 * step + 1:1024 * (step + 1) + 1]).all()
+
+
+@pytest.mark.parametrize("val_tokens, rows", [(3000, 187), (10**6, 312), (16, 1)])
+@pytest.mark.parametrize("batch_size, world_size", [(4, 1), (3, 2), (64, 1), (5, 4)])
+def test_validation_is_the_same_tokens_for_every_batch_size(val_tokens, rows, batch_size, world_size):
+    _, val = shards("data")
+    seen = []
+    for rank in range(world_size):
+        data = loader("val", world_size, rank, batch_size=batch_size, val_tokens=val_tokens)
+        assert data.val_rows == rows
+        for x, y, n in data.val_batches():
+            assert x.shape == y.shape == (batch_size, 16) and (y[n:] == -1).all() and (y[:n] >= 0).all()
+            seen += [(*a.tolist(), b[-1].item()) for a, b in zip(x[:n], y[:n])]
+    assert sorted(seen) == sorted(tuple(val[16 * i:16 * i + 17].tolist()) for i in range(rows))
+
+
+def corrupt(path, at, value, dtype=np.int32):
+    with open(path, "r+b") as f:
+        f.seek(at)
+        f.write(np.array([value], dtype).tobytes())
+
+
+def test_bad_data_is_one_line(capsys):
+    path = "data/x_train_000002.bin"
+    bad(capsys, lambda: loader("train"), "data", "fineweb.py")
+    os.mkdir("data")
+    bad(capsys, lambda: loader("train"), "no train shards", "data")
+    spoil = [(lambda: corrupt(path, 0, 7), "not a"), (lambda: corrupt(path, 4, 2), "not a"), (lambda: corrupt(path, 8, 5), "tokens"),
+             (lambda: corrupt(path, 8, -5), "tokens"), (lambda: os.truncate(path, os.path.getsize(path) - 2), "tokens"),
+             (lambda: os.truncate(path, 100), "not a"), (lambda: open(path, "wb").write(b"\x93NUMPY" + b"x" * 3000), "not a")]
+    for act, word in spoil:
+        shards("data")
+        act()
+        bad(capsys, lambda: loader("train"), path, word)
+    shards("data")
+    os.remove("data/x_val_000000.bin")
+    bad(capsys, lambda: loader("val"), "no val shards")
+    shards("data", n_val=16)
+    bad(capsys, lambda: loader("val"), "block_size=16")
+    bad(capsys, lambda: loader("val", val_tokens=15), "val_tokens=15")
+    corrupt("data/x_train_000001.bin", 1024 + 20, 300, np.uint16)
+    bad(capsys, lambda: next(loader("train").train_batches(0, 1)), "x_train_000001.bin", "300", "vocab_size=256")
+
+
+def test_cosine_schedule():
+    cfg = SCRIPTS["gpt2"].Config()
+    lr = [common.cosine_lr(cfg, s) for s in range(cfg.max_steps + 2)]
+    assert lr[0] == pytest.approx(6e-4 / 715) and lr[714] == lr[715] == pytest.approx(6e-4)
+    assert lr[(715 + 19073) // 2] == pytest.approx(3.3e-4) and lr[19073] == lr[19074] == pytest.approx(6e-5)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)  # torch's own cosine as the reference
+    reference = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=19073 - 715, eta_min=0.1)
+    for step in range(715, 3000):
+        assert lr[step] == pytest.approx(6e-4 * optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        reference.step()
+    common.cosine_lr(SCRIPTS["gpt2"].Config(max_steps=5, warmup_steps=5), 5)
+
+
+def test_batch_that_does_not_divide(monkeypatch, capsys):
+    bad(capsys, lambda: train("gpt2", monkeypatch, *QUICK, "--batch_size=3"), "batch_size=3", "[1, 2, 4, 8, 16]")
+    bad(capsys, lambda: train("gpt2", monkeypatch, *QUICK, "--block_size=33"), "block_size=33", "none")
+
+
+# ---- HellaSwag -------------------------------------------------------------------------------------------------------
+
+def one_at_a_time(model, items, encode):
+    """The reference: build-nanogpt's way, one item at a time with all logits, restated."""
+    right = []
+    for item in items:
+        ctx, ends = encode(item["ctx"]), [encode(" " + ending) for ending in item["endings"]]
+        idx, mask = torch.zeros(2, 4, len(ctx) + max(map(len, ends)), dtype=torch.long)
+        for r, end in enumerate(ends):
+            idx[r, :len(ctx + end)] = torch.tensor(ctx + end)
+            mask[r, len(ctx):len(ctx + end)] = 1
+        with torch.no_grad():
+            losses = F.cross_entropy(model(idx)[0][:, :-1].flatten(0, 1), idx[:, 1:].flatten(), reduction="none").view(4, -1)
+        sums = (losses * mask[:, 1:]).sum(1)
+        right.append([x.argmin().item() == item["label"] for x in (sums, sums / mask.sum(1))])
+    return np.array(right).T
+
+
+class Reduced:
+    """GPT-2's BPE folded to a small vocabulary, so that all 10,042 items are quick."""
+    n_vocab, eot_token = 512, 0
+
+    def __init__(self, bpe):
+        self.bpe = bpe
+
+    def encode_ordinary(self, text):
+        return [t % 512 for t in self.bpe.encode_ordinary(text)]
+
+
+@each_arch
+def test_hellaswag_equals_one_item_at_a_time(arch, gpt2_bpe, hellaswag_items):
+    """Every item of the whole set (some of them for the later architectures), and 100 with other batches and paddings."""
+    hellaswag_items = hellaswag_items if arch == "gpt2" else hellaswag_items[::20]
+    model, encode = small_model(arch, n_layer=1, n_embd=32, n_head=2, block_size=192), Reduced(gpt2_bpe)
+    score = lambda items, tokens=8192, compile=False: common.HellaSwag(items, encode, 192, tokens, common.World(torch.device("cpu")), compile)
+    ours, reference = score(hellaswag_items).score(model), one_at_a_time(model, hellaswag_items, encode.encode_ordinary)
+    assert (np.array(ours) != reference).sum() <= 2  # ties in the last bit
+    assert 0.2 < ours[1].mean() < 0.3 and (ours[0] != ours[1]).mean() > 0.1
+    for batch_tokens in 1, 500, 10**6:
+        assert (np.array(score(hellaswag_items[:100], batch_tokens).score(model)) == reference[:, :100]).all()
+    fixed = score(hellaswag_items[:100], 2048, compile=True)
+    shapes = {tuple(t.shape) for t, _ in fixed.batches}
+    assert all(w % 64 == 0 for _, w in shapes) and len(shapes) == len({w for _, w in shapes})
+    fixed.hidden = model.hidden  # the compiled model's batches, not compiled
+    assert (np.array(fixed.score(model)) == reference[:, :100]).all()
+    spoiled = [{**item, "ctx": item["endings"][0]} for item in hellaswag_items[:100]]  # negative control
+    assert (np.array(score(spoiled).score(model)) != reference[:, :100]).any()
+
+
+def test_hellaswag_is_split_over_processes(gpt2_bpe, hellaswag_items, monkeypatch):
+    model, encode, items = small_model("gpt2", block_size=192), Reduced(gpt2_bpe), hellaswag_items[:40]
+    whole = common.HellaSwag(items, encode, 192, 1024, common.World(torch.device("cpu"))).score(model)
+    parts = []
+    monkeypatch.setattr(common.World, "sum", lambda self, x: parts.append(x.clone()) or x)
+    scorers = [common.HellaSwag(items, encode, 192, 1024, common.World(torch.device("cpu"), r, 3)) for r in range(3)]
+    for scorer in scorers:
+        scorer.score(model)
+    assert sum(len(s.batches) for s in scorers) > 3
+    monkeypatch.setattr(common.World, "sum", lambda self, x: sum(parts))
+    assert (np.array(scorers[0].score(model)) == np.array(whole)).all()
+
+
+def test_hellaswag_items_longer_than_the_context_lose_its_start():
+    model, world = small_model("gpt2", vocab_size=256, block_size=24), common.World(torch.device("cpu"))
+    rng = np.random.default_rng(0)
+    word = lambda n: "".join(map(chr, rng.integers(97, 123, n)))
+    items = [{"ctx": word(40), "endings": [word(9) for _ in range(4)], "label": 0} for _ in range(60)]
+    cut = [{**item, "ctx": item["ctx"][-14:]} for item in items]  # 14 + space + 9 = 24
+    score = lambda items: np.array(common.HellaSwag(items, common.Bytes(), 24, 480, world).score(model))
+    assert (score(items) == one_at_a_time(model, cut, common.Bytes().encode_ordinary)).all()
+    common.HellaSwag([{**items[0], "ctx": "a", "endings": [word(n) for n in (1, 23, 24, 60)]}], common.Bytes(), 24, 480, world).score(model)
+
+
+@pytest.mark.parametrize("line, word", [
+    ('{"ctx": "a", "endings": ["b", "c", "d"], "label": 0}', "line 2"), ('{"ctx": "a", "endings": ["b", "c", "d", "e"]}', "line 2"),
+    ('{"ctx": "a", "endings": ["b", "c", "d", "e"], "label": 4}', "line 2"), ("not json", "line 2"), ("[]", "line 2"),
+    ('{"ctx": 3, "endings": ["b", "c", "d", "e"], "label": 1}', "line 2"), ('{"ctx": "a", "endings": "bcde", "label": 1', "line 2")])
+def test_a_malformed_hellaswag_file_names_the_line(line, word, monkeypatch, capsys):
+    good = '{"ctx": "a", "endings": ["b", "c", "d", "e"], "label": 3}\n'
+    open("h.jsonl", "w").write(good + line + "\n" + good)
+    bad(capsys, lambda: train("gpt2", monkeypatch, *QUICK, "--hella_limit=3", "--hellaswag_file=h.jsonl"), "h.jsonl", word)
+    bad(capsys, lambda: train("gpt2", monkeypatch, *QUICK, "--hella_limit=3", "--hellaswag_file=missing.jsonl"), "missing.jsonl")
+    assert not os.path.exists("log")
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    files = {}
+
+    def do_GET(self):
+        data = self.files.get(self.path)
+        self.send_response(200 if data else 404)
+        self.send_header("Content-Length", str(len(data or b"")))
+        self.end_headers()
+        self.wfile.write((data or b"")[:-5] if "short" in self.path else data or b"")
+
+    def log_message(self, *args):
+        pass
+
+
+def test_hellaswag_is_fetched_whole_or_not_at_all(monkeypatch, capsys):
+    item = b'{"ctx": "a man", "endings": ["eats", "sits", "runs", "sees"], "label": 3}\n'
+    data = item * 6
+    Server.files = {"/good": data, "/other": data[:-1] + b" ", "/short": data}
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(hellaswag, "SIZE", len(data))
+    monkeypatch.setattr(hellaswag, "SHA256", hashlib.sha256(data).hexdigest())
+    for path in "/missing", "/other", "/short":
+        monkeypatch.setattr(hellaswag, "URL", url + path)
+        with pytest.raises(OSError):
+            hellaswag.fetch()
+        assert os.listdir() == []
+    train("gpt2", monkeypatch, *QUICK, "--hella_limit=10")  # goes on without, and says so once
+    assert capsys.readouterr().err.count("no HellaSwag") == 1 and "hella" not in open("log/gpt2-tiny/log.txt").read()
+    monkeypatch.setattr(hellaswag, "URL", url + "/good")
+    train("gpt2", monkeypatch, *QUICK, "--hella_limit=10", "--log_dir=log/b")
+    assert open(hellaswag.FILE, "rb").read() == data
+    assert re.findall(r"^(\d+) hella [01]\.\d{4}$", open("log/b/log.txt").read(), re.M) == ["0", "4", "8"]
+    assert np.load("log/b/hella_8.npy").shape == (6,)
+    server.shutdown()
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------------
+
+def log_of(folder="log/gpt2-tiny"):
+    return open(f"{folder}/log.txt", "rb").read()
+
+
+def stream_of(name, folder):
+    return np.array([float(line.split()[2]) for line in log_of(folder).decode().splitlines() if line.split()[1] == name])
+
+
+@each_arch
+def test_a_tiny_run_from_the_shell(arch):
+    """A short version of the first command in the README, with everything it promises."""
+    result = shell(f"train_{arch}.py", "--tiny", "--max_steps=60", "--eval_interval=30", "--sample_interval=60", "--checkpoint_interval=0")
+    assert result.returncode == 0, result.stderr
+    train_loss, val = stream_of("train", f"log/{arch}-tiny"), stream_of("val", f"log/{arch}-tiny")
+    assert len(train_loss) == 60 and abs(train_loss[0] - math.log(256)) < 0.3 and train_loss[-1] < 3.3 and val[2] < val[1] < val[0]
+    assert all(re.fullmatch(r"\d+ (train|val|lr|norm) \S+", line) for line in log_of(f"log/{arch}-tiny").decode().splitlines())
+    for words in "sample: ", f"log: log/{arch}-tiny/log.txt", "checkpoint: ", "next: python ":
+        assert words in result.stdout
+    run = json.load(open(f"log/{arch}-tiny/run.json"))
+    assert run["arch"] == arch and run["config"]["max_steps"] == 60 and run["params"]["total"] > 0 and run["flops_per_token"] > 0
+    command = re.search(r"next: python (.*) --sample", result.stdout)[1].split()
+    sample = shell(*command, "--sample=The statement", "--seed=1")
+    assert sample.returncode == 0 and sample.stdout.startswith("The statement") and len(sample.stdout) > 50
+    assert shell(*command, "--sample=The statement", "--seed=1").stdout == sample.stdout
+
+
+def test_resume_is_exact(monkeypatch, capsys):
+    """Interrupted after any step and resumed, a run ends with the same log and the same weights."""
+    train("gpt2", monkeypatch, *QUICK, "--log_dir=log/whole")
+    whole = common.read_checkpoint("log/whole/model_00008.pt")
+    for stop in 2, 6:
+        train("gpt2", monkeypatch, *QUICK, f"--log_dir=log/{stop}")
+        for step in range(stop + 1, 9):
+            if os.path.exists(f"log/{stop}/model_{step:05d}.pt"):
+                os.remove(f"log/{stop}/model_{step:05d}.pt")
+        with open(f"log/{stop}/log.txt", "a") as f:
+            f.write("9 tra")  # torn by a kill
+        train("gpt2", monkeypatch, *QUICK, f"--log_dir=log/{stop}", "--resume=auto")
+        assert f"resumed log/{stop}/model_{stop:05d}.pt at step {stop}" in capsys.readouterr().out
+        assert log_of(f"log/{stop}") == log_of("log/whole")
+        again = common.read_checkpoint(f"log/{stop}/model_00008.pt")
+        for name, p in whole["model"].items():
+            assert torch.equal(p, again["model"][name]), name
+        for i, state in whole["optimizer"]["state"].items():
+            assert all(torch.equal(v, again["optimizer"]["state"][i][k]) for k, v in state.items())
+    assert not any("_orig_mod" in k or k.startswith("module.") for k in whole["model"])
+    train("gpt2", monkeypatch, *QUICK, "--log_dir=log/whole", "--resume=auto")  # finished: nothing changes
+    assert log_of("log/whole") == log_of("log/6")
+    train("gpt2", monkeypatch, *QUICK, "--log_dir=log/decay", "--resume=log/whole/model_00004.pt", "--weight_decay=9", "--optimizer=adamw")
+    assert "weight_decay 0.1 -> 9.0" in capsys.readouterr().out
+    decayed = common.read_checkpoint("log/decay/model_00008.pt")
+    assert decayed["optimizer"]["param_groups"][0]["weight_decay"] == 9.0
+    assert stream_of("train", "log/decay")[0] == stream_of("train", "log/whole")[4]
+
+
+def test_killed_in_the_middle_of_a_save(monkeypatch):
+    """kill -9 while the checkpoint of step 6 is half written: the one of step 4 counts, and the log ends the same."""
+    train("gpt2", monkeypatch, *QUICK, "--log_dir=log/whole")
+    code = ("import os, signal, sys, torch, train_gpt2\nsave = torch.save\n"
+            "def dying(state, f):\n    save(state, f)\n    if state['step'] == 6:\n        f.flush(); f.truncate(1000); os.kill(os.getpid(), signal.SIGKILL)\n"
+            "torch.save = dying\nsys.argv = sys.argv[:1] + sys.argv[1:]\ntrain_gpt2.main()")
+    env = {**os.environ, "PYTHONPATH": ROOT}
+    result = subprocess.run([sys.executable, "-c", code, *QUICK], env=env, capture_output=True, text=True)
+    assert result.returncode == -signal.SIGKILL
+    assert os.path.exists("log/gpt2-tiny/model_00006.pt.tmp") and not os.path.exists("log/gpt2-tiny/model_00006.pt")
+    train("gpt2", monkeypatch, *QUICK, "--resume=auto")
+    assert log_of() == log_of("log/whole")
+    assert not glob.glob("log/gpt2-tiny/*.tmp")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_interrupted_and_resumed(signum, monkeypatch):
+    """SIGTERM and SIGINT finish the step and save; nothing saves on SIGKILL, which loses steps, never the result."""
+    options = [*QUICK, "--max_steps=400", "--checkpoint_interval=50", "--eval_interval=200"]
+    process = subprocess.Popen([sys.executable, os.path.join(ROOT, "train_gpt2.py"), *options], stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step    60/"):
+            process.send_signal(signum)
+            break
+    rest = process.stdout.read()
+    assert process.wait() == (0 if signum != signal.SIGKILL else -signum)
+    newest = max(glob.glob("log/gpt2-tiny/model_*.pt"))
+    assert (signum == signal.SIGKILL) == newest.endswith("00050.pt") or newest > "log/gpt2-tiny/model_00060.pt"
+    assert signum == signal.SIGKILL or f"stopped; {newest} holds everything" in rest
+    train("gpt2", monkeypatch, *options, "--resume=auto")
+    train("gpt2", monkeypatch, *options, "--log_dir=log/whole")
+    assert log_of() == log_of("log/whole")
+
+
+@each_arch
+def test_processes_and_micro_batches_do_not_change_the_result(arch, monkeypatch):
+    """1 process x 16 rows, 1 x 2 with accumulation and 2 x 2 with accumulation; resumed with another number of processes."""
+    shards("data")
+    script, options = f"train_{arch}.py", [*QUICK, "--data_dir=data", "--hella_limit=0"]
+    train(arch, monkeypatch, *options, "--batch_size=16", "--log_dir=log/a")
+    train(arch, monkeypatch, *options, "--batch_size=2", "--log_dir=log/b")
+    result = shell(script, *options, "--batch_size=2", "--log_dir=log/c", processes=2)
+    assert result.returncode == 0, result.stderr
+    os.makedirs("log/d")
+    os.link("log/c/model_00004.pt", "log/d/model_00004.pt")
+    train(arch, monkeypatch, *options, "--batch_size=8", "--log_dir=log/d", "--resume=auto")
+    for other in "bcd":
+        for stream in "train", "val", "norm":
+            a, b = stream_of(stream, "log/a"), stream_of(stream, f"log/{other}")
+            np.testing.assert_allclose(b, a[-len(b):], rtol=1e-5 if stream == "train" else 1e-4)
+
+
+@each_arch
+def test_compiled_is_the_same(arch, monkeypatch, gpt2_bpe, hellaswag_items, capsys):
+    """torch.compile on the CPU: the same losses; HellaSwag, samples and saving work, and names stay clean."""
+    with open("h.jsonl", "w") as f:
+        f.writelines(json.dumps(item) + "\n" for item in hellaswag_items[:8])
+    data = gpt2_bpe.encode_ordinary(" ".join(item["ctx"] for item in hellaswag_items[:300]))
+    os.mkdir("data")
+    fineweb.write_shard("data/x_val_000000.bin", data[:2000])
+    fineweb.write_shard("data/x_train_000001.bin", data[2000:])
+    options = [*QUICK, "--data_dir=data", "--vocab_size=50304", "--block_size=64", "--hella_limit=8", "--hellaswag_file=h.jsonl",
+               "--max_steps=4", "--eval_interval=2", "--sample_interval=2"]
+    train(arch, monkeypatch, *options, "--log_dir=log/eager")
+    train(arch, monkeypatch, *options, "--log_dir=log/compiled", "--compile")
+    for stream in "train", "val", "hella":
+        a, b = stream_of(stream, "log/eager"), stream_of(stream, "log/compiled")
+        assert len(a) >= 3
+        np.testing.assert_allclose(a, b, rtol=1e-4)
+    assert capsys.readouterr().out.count("sample: Hello") == 4
+    names = [list(common.read_checkpoint(f"log/{x}/model_00004.pt")["model"]) for x in ("eager", "compiled")]
+    assert names[0] == names[1]
+
+
+@each_arch
+def test_export_opens_with_transformers(arch, monkeypatch, capsys):
+    from transformers import AutoModelForCausalLM
+    train(arch, monkeypatch, *QUICK)
+    train(arch, monkeypatch, *QUICK, "--export=exported")
+    hf = AutoModelForCausalLM.from_pretrained("exported").eval()
+    script, checkpoint = SCRIPTS[arch], common.read_checkpoint(f"log/{arch}-tiny/model_00008.pt")
+    model = common.load_model("x", checkpoint, arch, script.Config, script.Model)
+    idx = tokens(2, 32, vocab=256)
+    torch.testing.assert_close(hf(idx).logits, model(idx)[0], atol=1e-4, rtol=0)
+    assert hf.generate(idx[:1, :5], max_new_tokens=5, do_sample=False).shape == (1, 10)
+    bad(capsys, lambda: train(arch, monkeypatch, *QUICK, "--export=exported"), "not empty")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    bad(capsys, lambda: train(arch, monkeypatch, *QUICK, "--export=again"), "pip install transformers")
+
+
+def test_hellaswag_from_the_shell(monkeypatch, gpt2_bpe, hellaswag_items):
+    with open("h.jsonl", "w") as f:
+        f.writelines(json.dumps(item) + "\n" for item in hellaswag_items[:30])
+    os.mkdir("data")
+    for name in "x_val_000000.bin", "x_train_000001.bin":
+        fineweb.write_shard(f"data/{name}", gpt2_bpe.encode_ordinary(" ".join(item["ctx"] for item in hellaswag_items[:50])))
+    train("gpt2", monkeypatch, *QUICK, "--data_dir=data", "--vocab_size=50304", "--block_size=256", "--batch_size=1",
+          "--hella_limit=30", "--hellaswag_file=h.jsonl")
+    train("gpt2", monkeypatch, *QUICK, "--export=exported")
+    ours = shell("hellaswag.py", "log/gpt2-tiny/model_00008.pt", "--hellaswag_file=h.jsonl")
+    theirs = shell("hellaswag.py", "exported", "--hellaswag_file=h.jsonl")
+    assert ours.returncode == theirs.returncode == 0, ours.stderr + theirs.stderr
+    assert ours.stdout.splitlines()[:2] == theirs.stdout.splitlines()[:2]
+    acc_norm = re.search(r"acc_norm (0\.\d{4}) \+- 0\.\d{4}  \(\d+/30\)", ours.stdout)[1]
+    assert float(acc_norm) == stream_of("hella", "log/gpt2-tiny")[-1] and "items/s" in ours.stdout
+    for name in "nothing.pt", "h.jsonl":
+        result = shell("hellaswag.py", name, "--hellaswag_file=h.jsonl")
+        assert result.returncode == 1 and result.stderr.count("\n") == 1 and name in result.stderr
+
+
+def test_bench_keeps_nothing(monkeypatch, capsys):
+    monkeypatch.setitem(common.PEAK_FLOPS, "cpu", 1e12)
+    train("gpt2", monkeypatch, *QUICK, "--bench=3")
+    out = capsys.readouterr().out
+    assert re.search(r"median of 3 steps: [\d.]+ ms \| [\d,]+ tok/s \| [\d.]+% MFU", out) and os.listdir() == []
+
+
+def test_samples_never_contain_padding():
+    model = small_model("gpt2", vocab_size=512, block_size=16)
+    with torch.no_grad():
+        model.lm_head.weight[256:] *= 100  # the padding would win every draw
+    text = common.generate(model, common.Bytes(), "ab", 16, "cpu", seed=0, new_tokens=40)
+    assert text.startswith("ab") and len(text.encode(errors="replace")) >= 40
+    with pytest.raises(SystemExit, match="17 tokens"):
+        common.generate(model, common.Bytes(), "a" * 17, 16, "cpu", seed=0)
+    assert common.generate(model, common.Bytes(), "", 16, "cpu", seed=0)
+
+
+# ---- bad input: one line, exit code 1, nothing lost ------------------------------------------------------------------
+
+@pytest.mark.parametrize("option, words", [
+    ("--n_layers=3", "--n_layer"), ("--learn_rate=1", "--learning_rate"), ("--zzz", "--help"), ("stray", "stray"),
+    ("--n_layer=two", "--n_layer"), ("--n_layer=0", "n_layer=0"), ("--batch_size=-4", "batch_size=-4"), ("--learning_rate=nan", "learning_rate"),
+    ("--compile=maybe", "--compile"), ("--optimizer=sgd", "muon"), ("--device=tpu9", "--device=tpu9"), ("--n_head=5", "n_head=5"),
+    ("--bench=-1", "bench"), ("--sample=x", "no checkpoint"), ("--export=x", "no checkpoint"), ("--resume=x.pt", "x.pt"), ("--data_dir=nowhere", "nowhere")])
+def test_bad_options(option, words, monkeypatch, capsys):
+    bad(capsys, lambda: train("gpt2", monkeypatch, *QUICK, option), words)
+    assert not os.path.exists("log")
+
+
+def test_an_error_is_one_line_without_a_traceback():
+    result = shell("train_gpt2.py", "--data_dir=nowhere")
+    assert (result.returncode, result.stdout) == (1, "") and result.stderr.count("\n") == 1 and "nowhere" in result.stderr
+
+
+class Attack:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+def test_checkpoints_that_must_not_be_used(monkeypatch, capsys):
+    train("gpt2", monkeypatch, *QUICK)
+    log, path = log_of(), "log/gpt2-tiny/model_00008.pt"
+    resume = lambda *options: train("gpt2", monkeypatch, *QUICK, "--log_dir=log/new", *options)
+    bad(capsys, lambda: train("gpt2", monkeypatch, *QUICK), "--resume=auto", "--log_dir")
+    bad(capsys, lambda: train("gpt2", monkeypatch, *QUICK, "--resume=log/gpt2-tiny/model_00002.pt"), "move them away")
+    torch.save({"arch": Attack()}, "attack.pt")
+    bad(capsys, lambda: resume("--resume=attack.pt"), "attack.pt")
+    assert not os.path.exists("executed")
+    open("cut.pt", "wb").write(open(path, "rb").read()[:5000])
+    open("empty.pt", "wb")
+    torch.save({"model": {}}, "part.pt")
+    torch.save([1, 2], "list.pt")
+    for name in "cut.pt", "empty.pt", "part.pt", "list.pt", "log":
+        bad(capsys, lambda: resume(f"--resume={name}"), name)
+    torch.save({**common.read_checkpoint(path), "arch": "llama"}, "llama.pt")
+    bad(capsys, lambda: resume("--resume=llama.pt"), "llama", "train_llama.py")
+    bad(capsys, lambda: resume(f"--resume={path}", "--n_layer=3", "--n_embd=16"), "--n_layer=1", "--n_embd=32")
+    bad(capsys, lambda: resume(f"--resume={path}", "--optimizer=muon"), "optimizer")
+    bad(capsys, lambda: train("gpt2", monkeypatch, *QUICK, "--sample=" + "x" * 33), "33 tokens")
+    assert log_of() == log and not os.path.exists("log/new")
+    open("log/gpt2-tiny/model_00009.pt", "wb").write(b"half")  # auto: the newest readable one
+    train("gpt2", monkeypatch, *QUICK, "--resume=auto")
+    assert "model_00009.pt" in capsys.readouterr().err and log_of() == log
+    for step in 2, 4, 6, 8:
+        open(f"log/gpt2-tiny/model_{step:05d}.pt", "wb").write(b"half")
+    bad(capsys, lambda: train("gpt2", monkeypatch, *QUICK, "--resume=auto"), "model_00009.pt")
+    assert log_of() == log
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(monkeypatch, capsys):
+    save = torch.save
+
+    def full(state, f):
+        save(state, f)
+        if state["step"] == 4:
+            raise OSError(28, "No space left on device")
+    monkeypatch.setattr(torch, "save", full)
+    bad(capsys, lambda: train("gpt2", monkeypatch, *QUICK), "model_00004.pt", "No space left")
+    monkeypatch.setattr(torch, "save", save)
+    assert glob.glob("log/gpt2-tiny/model*") == ["log/gpt2-tiny/model_00002.pt"]
+    train("gpt2", monkeypatch, *QUICK, "--resume=auto")
+
+
+def test_a_bad_update_stops_the_run_and_is_never_saved(monkeypatch, capsys):
+    bad(capsys, lambda: train("gpt2", monkeypatch, *QUICK, "--learning_rate=1e30", "--warmup_steps=0", "--grad_clip=1e30", "--checkpoint_interval=1"),
+        "step", "learning_rate")
+    for path in glob.glob("log/gpt2-tiny/model_*.pt"):
+        assert all(v.isfinite().all() for v in common.read_checkpoint(path)["model"].values())
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 13 GiB"),
+                                   RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")])
+def test_out_of_memory_says_what_to_do(error, monkeypatch, capsys):
+    def forward(*args):
+        raise error
+    monkeypatch.setattr(SCRIPTS["gpt2"].Model, "forward", forward)
+    bad(capsys, lambda: train("gpt2", monkeypatch, *QUICK), "--batch_size", "the result is the same")

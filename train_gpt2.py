@@ -24,7 +24,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from common import (DataLoader, Optimizers, Run, accumulation_steps, cosine_lr, default_device, get_tokenizer, init_world, load_hellaswag,
+from common import (DataLoader, Optimizers, Run, accumulation_steps, cosine_lr, default_device, fail, get_tokenizer, init_world, load_hellaswag,
                     one_line_errors, parse_args, use_checkpoint)
 
 ARCH = "gpt2"
@@ -67,11 +67,7 @@ class Config:
 
     def __post_init__(self):
         if self.init_from:  # their shape counts; their vocabulary is not padded
-            try:
-                from transformers import GPT2Config
-                hf = GPT2Config.from_pretrained(self.init_from)
-            except (ImportError, OSError) as e:
-                raise ValueError(f"--init_from={self.init_from}: {e}") from None
+            hf = published("GPT2Config", self.init_from)
             self.block_size, self.vocab_size = hf.n_positions, hf.vocab_size
             self.n_layer, self.n_head, self.n_embd = hf.n_layer, hf.n_head, hf.n_embd
         if self.n_embd % self.n_head:
@@ -137,8 +133,7 @@ class Model(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
         if cfg.init_from:
-            from transformers import GPT2LMHeadModel
-            self.load_state_dict(transpose_conv1d(GPT2LMHeadModel.from_pretrained(cfg.init_from).state_dict()))
+            self.load_state_dict(transpose_conv1d(published("GPT2LMHeadModel", cfg.init_from).state_dict()))
             cfg.init_from = ""  # a checkpoint of this model stands on its own
 
     def hidden(self, idx):
@@ -184,6 +179,15 @@ class Model(nn.Module):
             return adamw
         return Optimizers([adamw, torch.optim.Muon(blocks, lr=cfg.learning_rate, weight_decay=cfg.weight_decay,
                                                    adjust_lr_fn="match_rms_adamw")])
+
+
+def published(kind, name):
+    """The GPT2Config or GPT2LMHeadModel of a Hugging Face name or folder."""
+    try:
+        import transformers
+        return getattr(transformers, kind).from_pretrained(name)
+    except (ImportError, OSError) as e:
+        fail(f"--init_from={name}: {e}")
 
 
 def transpose_conv1d(state_dict):
