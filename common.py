@@ -145,8 +145,7 @@ def init_world(cfg):
     try:
         world = World(torch.device(cfg.device), rank, size, local_rank)
         if world.device.type == "cuda":
-            if size > 1:
-                world.device = torch.device("cuda", local_rank)
+            world.device = torch.device("cuda", local_rank if size > 1 else world.device.index or 0)
             torch.cuda.set_device(world.device)
             torch.set_float32_matmul_precision("high")
         torch.empty(1, device=world.device)
@@ -352,48 +351,7 @@ def load_hellaswag(cfg, world, tokenizer):
         items = hellaswag.load(cfg.hellaswag_file)[:cfg.hella_limit]
     except (OSError, ValueError) as e:
         fail(e)
-    return HellaSwag(items, tokenizer, cfg.block_size, cfg.batch_size * cfg.block_size, world, cfg.compile)
-
-
-class HellaSwag:
-    """Scores every item in few large forward passes. Rows are sorted by length and padded on the right, which a causal
-    model does not notice; for a compiled model to multiples of 64 and a fixed number of rows a width, so that it compiles
-    a handful of shapes once. The head sees the ending positions only. The answer depends on none of this."""
-
-    def __init__(self, items, tokenizer, block_size, batch_tokens, world, compile=False):
-        self.labels = np.array([item["label"] for item in items])
-        self.world, self.compile, self.hidden, self.batches = world, compile, None, []
-        rows = [(ids[-block_size:], min(n, block_size - 1)) for item in items  # row 4 i + j is ending j of item i
-                for ids, n in hellaswag.render(item, tokenizer.encode_ordinary)]
-        self.n_ending = torch.tensor([n for _, n in rows]).view(-1, 4)
-        multiple = 64 if compile else 8
-        width = [min(block_size, -(-len(ids) // multiple) * multiple) for ids, _ in rows]
-        for w, group in itertools.groupby(sorted(range(len(rows)), key=width.__getitem__), width.__getitem__):
-            group, n_rows = list(group), max(1, batch_tokens // w)
-            for k in range(0, len(group), n_rows):
-                tokens = torch.zeros(n_rows if compile else len(group[k:k + n_rows]), w, dtype=torch.long)
-                ending = []  # (row in the batch, position before the token, the token, row overall) of each ending token
-                for r, i in enumerate(group[k:k + n_rows]):
-                    ids, n = rows[i]
-                    tokens[r, :len(ids)] = torch.tensor(ids)
-                    ending += [(r, t - 1, ids[t], i) for t in range(len(ids) - n, len(ids))]
-                self.batches.append((tokens, torch.tensor(ending).T))
-        self.batches = self.batches[world.rank::world.size]
-
-    def score(self, model, progress=False):
-        """Two bool arrays with an entry an item: right by summed loss (acc), right by loss per token (acc_norm)."""
-        if self.hidden is None:
-            self.hidden = torch.compile(model.hidden, dynamic=False) if self.compile else model.hidden
-        device = self.world.device
-        losses = torch.zeros(self.n_ending.numel(), device=device)
-        with torch.no_grad(), self.world.autocast():
-            for tokens, ending in tqdm(self.batches, desc="HellaSwag", unit="batch", disable=not progress):
-                row, position, target, index = ending.to(device)
-                hidden = self.hidden(tokens.to(device))[row, position]
-                for h, t, i in zip(hidden.split(1024), target.split(1024), index.split(1024)):  # bounds the logits' memory
-                    losses.index_add_(0, i, F.cross_entropy(model.lm_head(h).float(), t, reduction="none"))
-        losses = self.world.sum(losses).cpu().view(-1, 4)
-        return tuple(x.argmin(1).numpy() == self.labels for x in (losses, losses / self.n_ending))
+    return hellaswag.HellaSwag(items, tokenizer, cfg.block_size, cfg.batch_size * cfg.block_size, world, cfg.compile)
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
@@ -534,8 +492,7 @@ class Run:
                 fail(f"{cfg.log_dir} already holds a run: go on with it by --resume=auto, or choose another --log_dir")
             with open(self.log_path, errors="replace") as f:
                 kept = [line for line in f if (m := re.fullmatch(r"(\d+) \w+ \S+\n", line)) and int(m[1]) < self.start_step]
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=os.path.dirname(os.path.abspath(__file__)),
-                                capture_output=True, text=True).stdout.strip()
+        commit = subprocess.getoutput(f"git -C '{os.path.dirname(os.path.abspath(__file__))}' rev-parse HEAD 2>/dev/null")
         info = {"arch": self.arch, "config": asdict(cfg), "params": params, "flops_per_token": self.flops, "git_commit": commit,
                 "device": self.device_name, "processes": self.world.size, "torch": torch.__version__,
                 "python": sys.version.split()[0], "command": sys.argv}

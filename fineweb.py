@@ -278,7 +278,7 @@ def tokenized(source, start, num_proc):
         pool.shutdown(cancel_futures=True)
 
 class Stream:
-    """The one token stream, from token `skip` of document `start` on; `start` stays the first document of the answer."""
+    """The one token stream, from token `skip` of document `start` on; `start` becomes the answer's first document."""
     def __init__(self, answers, start, skip):
         self.answers, self.start, self.i = answers, start, skip
         self.tokens, self.lengths, self.fraction = [], [], None

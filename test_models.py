@@ -289,7 +289,7 @@ def test_gpt2_starts_from_published_weights(monkeypatch, capsys):
     checkpoint = common.read_checkpoint("log/gpt2-tiny/model_00001.pt")
     assert checkpoint["config"]["n_layer"] == 3 and not checkpoint["config"]["init_from"]
     os.mkdir("empty")
-    bad(capsys, lambda: train("gpt2", monkeypatch, "--init_from=empty", *options), "--init_from=empty")
+    bad(capsys, lambda: train("gpt2", monkeypatch, "--tiny", "--total_batch_size=1024", "--batch_size=1", "--init_from=empty"), "--init_from=empty")
 
 
 # ---- data and schedule -----------------------------------------------------------------------------------------------
@@ -410,7 +410,7 @@ def test_hellaswag_equals_one_item_at_a_time(arch, gpt2_bpe, hellaswag_items):
     """Every item of the whole set (some of them for the later architectures), and 100 with other batches and paddings."""
     hellaswag_items = hellaswag_items if arch == "gpt2" else hellaswag_items[::20]
     model, encode = small_model(arch, n_layer=1, n_embd=32, n_head=2, block_size=192), Reduced(gpt2_bpe)
-    score = lambda items, tokens=8192, compile=False: common.HellaSwag(items, encode, 192, tokens, common.World(torch.device("cpu")), compile)
+    score = lambda items, tokens=8192, compile=False: hellaswag.HellaSwag(items, encode, 192, tokens, common.World(torch.device("cpu")), compile)
     ours, reference = score(hellaswag_items).score(model), one_at_a_time(model, hellaswag_items, encode.encode_ordinary)
     assert (np.array(ours) != reference).sum() <= 2  # ties in the last bit
     assert 0.2 < ours[1].mean() < 0.3 and (ours[0] != ours[1]).mean() > 0.1
@@ -427,10 +427,10 @@ def test_hellaswag_equals_one_item_at_a_time(arch, gpt2_bpe, hellaswag_items):
 
 def test_hellaswag_is_split_over_processes(gpt2_bpe, hellaswag_items, monkeypatch):
     model, encode, items = small_model("gpt2", block_size=192), Reduced(gpt2_bpe), hellaswag_items[:40]
-    whole = common.HellaSwag(items, encode, 192, 1024, common.World(torch.device("cpu"))).score(model)
+    whole = hellaswag.HellaSwag(items, encode, 192, 1024, common.World(torch.device("cpu"))).score(model)
     parts = []
     monkeypatch.setattr(common.World, "sum", lambda self, x: parts.append(x.clone()) or x)
-    scorers = [common.HellaSwag(items, encode, 192, 1024, common.World(torch.device("cpu"), r, 3)) for r in range(3)]
+    scorers = [hellaswag.HellaSwag(items, encode, 192, 1024, common.World(torch.device("cpu"), r, 3)) for r in range(3)]
     for scorer in scorers:
         scorer.score(model)
     assert sum(len(s.batches) for s in scorers) > 3
@@ -444,9 +444,9 @@ def test_hellaswag_items_longer_than_the_context_lose_its_start():
     word = lambda n: "".join(map(chr, rng.integers(97, 123, n)))
     items = [{"ctx": word(40), "endings": [word(9) for _ in range(4)], "label": 0} for _ in range(60)]
     cut = [{**item, "ctx": item["ctx"][-14:]} for item in items]  # 14 + space + 9 = 24
-    score = lambda items: np.array(common.HellaSwag(items, common.Bytes(), 24, 480, world).score(model))
+    score = lambda items: np.array(hellaswag.HellaSwag(items, common.Bytes(), 24, 480, world).score(model))
     assert (score(items) == one_at_a_time(model, cut, common.Bytes().encode_ordinary)).all()
-    common.HellaSwag([{**items[0], "ctx": "a", "endings": [word(n) for n in (1, 23, 24, 60)]}], common.Bytes(), 24, 480, world).score(model)
+    hellaswag.HellaSwag([{**items[0], "ctx": "a", "endings": [word(n) for n in (1, 23, 24, 60)]}], common.Bytes(), 24, 480, world).score(model)
 
 
 @pytest.mark.parametrize("line, word", [

@@ -86,7 +86,7 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x):
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # each (B, H, T, C/H)
+        q, k, v = (z.view(B, T, self.n_head, -1).transpose(1, 2) for z in self.c_attn(x).split(C, dim=2))  # (B, H, T, C/H)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # flash attention, scale 1/sqrt(C/H)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
