@@ -16,24 +16,39 @@ A shard has llm.c's format: 256 int32 (20240520, 1, number of tokens, zeros), th
 stream, each with <|endoftext|> (50256) in front, blank ones left out. Its first val_tokens tokens are
 fineweb_val_000000.bin; the rest is cut every shard_size tokens, inside documents too: fineweb_train_000001.bin, ...
 """
-import argparse, glob, gzip, io, json, lzma, multiprocessing, os, re, signal, sys, threading
+import argparse
+import glob
+import gzip
+import io
+import json
+import lzma
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import threading
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager, suppress
+
 import numpy as np  # other packages are imported where used: each worker imports this file again
 
 EOT, MAGIC, VERSION, HEADER = 50256, 20240520, 1, 256  # HEADER in int32, i.e. 1024 bytes
 
+
 def fail(message):
     """Ends the program: one line on stderr, exit code 1."""
     sys.exit("fineweb.py: " + " ".join(message.split()))
+
 
 def why(error):
     return f"{type(error).__name__}: {str(error)[:300]}"
 
 # ---------------------------------------------------------------------------------------------------------------------
 # shards
+
 
 @contextmanager
 def replacing(path):
@@ -49,6 +64,7 @@ def replacing(path):
             os.unlink(path + ".tmp")
         raise
 
+
 def write_shard(path, tokens):
     """Writes a shard, all of it or nothing, and returns its number of tokens.
     tokens: a sequence of ids below 65536, or a generator of such sequences, of which one at a time is in memory."""
@@ -62,6 +78,7 @@ def write_shard(path, tokens):
         f.write(np.array([MAGIC, VERSION, count], dtype=np.int32).tobytes())
     return count
 
+
 def open_shard(path):
     """The shard's tokens, uint16, memory-mapped. ValueError says what is wrong with it, OSError if it is unreadable."""
     header = np.fromfile(path, dtype=np.int32, count=HEADER)
@@ -72,8 +89,10 @@ def open_shard(path):
         raise ValueError(f"damaged: its header says {count} tokens, its size {(size - HEADER * 4) / 2:g}")
     return np.memmap(path, dtype=np.uint16, mode="r", offset=HEADER * 4, shape=(count,))
 
+
 def shard_path(data_dir, index):
     return os.path.join(data_dir, f"fineweb_{'train' if index else 'val'}_{index:06d}.bin")
+
 
 def check(data_dir):
     """Prints a table of the shards; returns the exit code, 1 if one is bad or missing."""
@@ -107,6 +126,7 @@ def check(data_dir):
 # sources of text: .id tells them apart, .read(start) yields the documents (str, or None for a hole in a table) from
 # number start on, .fraction says how much of the whole has been read (None: unknown)
 
+
 def text_column(names, where):
     """The text column's name: text in FineWeb, TEXT or Text in other places."""
     for name in names:
@@ -114,11 +134,13 @@ def text_column(names, where):
             return name
     fail(f"{where}: no text column among: {', '.join(names)}")
 
+
 def column_texts(tables, where):
     for table in tables:
         if not re.search("string|null", str(table.schema.types[0])):
             fail(f"{where}: the column {table.schema.names[0]} holds {table.schema.types[0]}, not text")
         yield from table.column(0).to_pylist()
+
 
 def json_texts(stream, path):
     """One object a line, or an array of objects (which is read whole)."""
@@ -139,6 +161,7 @@ def json_texts(stream, path):
             fail(f"{where}: its text is of type {type(text).__name__}, not a string; repair or drop it")
         yield text
 
+
 def txt_texts(stream):
     """One document, or several with <|endoftext|> (which never straddles lines) between them."""
     parts, lines = [], io.TextIOWrapper(stream, encoding="utf-8", newline="")
@@ -149,6 +172,7 @@ def txt_texts(stream):
             yield "".join(parts)
             parts = [other]
     yield "".join(parts)
+
 
 class Files:
     kinds = re.compile(r"\.(?:(parquet)|(jsonl|json|txt)(?:\.(gz|xz|zst))?)$", re.IGNORECASE)
@@ -195,6 +219,7 @@ class Files:
             raw = gzip.open(raw) if codec == "gz" else lzma.open(raw)
         return txt_texts(raw) if kind == "txt" else json_texts(raw, path)
 
+
 class Hub:
     """A dataset of the Hugging Face hub: fetched whole first, or streamed."""
     def __init__(self, dataset, name, split, streaming, num_proc):
@@ -222,6 +247,7 @@ class Hub:
 # ---------------------------------------------------------------------------------------------------------------------
 # tokens: workers turn lists of documents into arrays, the parent keeps the order
 
+
 def start_worker():
     """Runs in each worker. A parent killed with -9 cannot stop its workers, so they watch it."""
     import tiktoken
@@ -229,6 +255,7 @@ def start_worker():
     enc = tiktoken.get_encoding("gpt2")
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
 
 def tokenize(texts):
     """-> the tokens of all documents (uint16), and how many are of each (a list, 0 for a blank document)."""
@@ -245,6 +272,7 @@ def tokenize(texts):
         lengths.append(1 + len(ids))
     return np.concatenate(parts, dtype=np.uint16, casting="unsafe"), lengths
 
+
 def batches(texts):
     """Lists of documents: large, as each costs a round trip to a worker; not too large, as many are in flight."""
     batch, size = [], 0
@@ -255,6 +283,7 @@ def batches(texts):
             yield batch
             batch, size = [], 0
     yield batch
+
 
 def tokenized(source, start, num_proc):
     """Yields what tokenize returns, in order, and the fraction of the source read by then."""
@@ -276,6 +305,7 @@ def tokenized(source, start, num_proc):
         fail("a worker died, for want of memory perhaps: start again with a smaller --num_proc, it goes on")
     finally:
         pool.shutdown(cancel_futures=True)
+
 
 class Stream:
     """The one token stream, from token `skip` of document `start` on; `start` becomes the answer's first document."""
@@ -308,9 +338,11 @@ class Stream:
 
 # ---------------------------------------------------------------------------------------------------------------------
 
+
 def save_progress(data_dir, progress):
     with replacing(os.path.join(data_dir, "progress.json")) as f:
         f.write(json.dumps(progress).encode())
+
 
 def load_progress(data_dir, options):
     """What is done in the folder and where the next shard starts. Shards of other options are never written over."""
@@ -337,6 +369,7 @@ def load_progress(data_dir, options):
         except (OSError, ValueError) as e:
             fail(f"{shard_path(data_dir, i)}: {why(e)}; put it back, or delete {path} and the shards to start afresh")
     return progress
+
 
 def build(data_dir, source, shard_size, val_tokens, max_tokens, num_proc):
     """Makes the shards, or goes on making them."""
@@ -373,6 +406,7 @@ def build(data_dir, source, shard_size, val_tokens, max_tokens, num_proc):
     save_progress(data_dir, progress | {"finished": True})
     print(f"{data_dir}: {done:,} tokens in {shard} shards")
 
+
 def fetch(data_dir, repo, max_tokens):
     """Fetches published shards, validation first, until there are max_tokens; whole ones here already are kept."""
     from huggingface_hub import HfApi, hf_hub_download
@@ -401,10 +435,12 @@ def fetch(data_dir, repo, max_tokens):
     except Exception as e:
         fail(f"--dataset {repo}: fetching stopped ({why(e)}); start again to go on, what is whole stays")
 
+
 def positive(text):
     if int(text) < 1:
         raise ValueError
     return int(text)
+
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -448,6 +484,7 @@ def main():
         fail(f"{args.data_dir}: {why(e)}; put that right and start again to go on after the last finished shard")
     except KeyboardInterrupt:
         fail("interrupted; start again with the same options to go on after the last finished shard")
+
 
 if __name__ == "__main__":
     main()
