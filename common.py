@@ -149,8 +149,8 @@ def init_world(cfg):
             torch.cuda.set_device(world.device)
             torch.set_float32_matmul_precision("high")
         torch.empty(1, device=world.device)
-    except (RuntimeError, AssertionError) as e:
-        fail(f"--device={cfg.device} cannot be used: {str(e).splitlines()[0]}")
+    except (RuntimeError, AssertionError, AttributeError):  # each backend that is not there has its own
+        fail(f"--device={cfg.device} cannot be used here: cuda, mps or cpu, as far as PyTorch finds them")
     if size > 1:
         dist.init_process_group("nccl" if world.device.type == "cuda" else "gloo")
     torch.manual_seed(cfg.seed)
@@ -161,9 +161,10 @@ def accumulation_steps(cfg, world):
     """Micro-steps a step: a step is total_batch_size tokens whatever the number of processes."""
     rows, rest = divmod(cfg.total_batch_size, cfg.block_size * world.size)
     if rest or rows % cfg.batch_size:
-        fit = [] if rest else [b for b in range(1, min(rows, 512) + 1) if rows % b == 0]
+        fit = [b for b in range(1, min(rows, 512) + 1) if rows % b == 0]
         fail(f"--total_batch_size={cfg.total_batch_size} does not divide into {world.size} processes x --batch_size="
-             f"{cfg.batch_size} x --block_size={cfg.block_size}; values of --batch_size that do: {fit or 'none'}")
+             f"{cfg.batch_size} x --block_size={cfg.block_size}; " + (f"values of --batch_size that do: {fit}" if not rest else
+             "no --batch_size does: change the number of processes, --block_size or --total_batch_size"))
     return rows // cfg.batch_size
 
 
@@ -208,6 +209,8 @@ class DataLoader:
         if not self.val_rows:
             fail(f"--val_tokens={cfg.val_tokens} or the {self.n_tokens} tokens of the {split} shards in {cfg.data_dir} are less "
                  f"than one row of --block_size={self.T}")
+        if split == "train" and world.rank == 0 and cfg.max_steps * cfg.total_batch_size > self.n_tokens and not synthetic:
+            print(f"{cfg.data_dir} has {self.n_tokens:,} tokens: after step {self.n_tokens // cfg.total_batch_size} they come again")
 
     def open(self, path):
         try:
@@ -488,10 +491,11 @@ class Run:
         """Drop what an earlier process logged from start_step on (and a torn last line); describe the run in run.json."""
         cfg, kept = self.cfg, []
         if os.path.exists(self.log_path):
-            if not cfg.resume:
-                fail(f"{cfg.log_dir} already holds a run: go on with it by --resume=auto, or choose another --log_dir")
             with open(self.log_path, errors="replace") as f:
-                kept = [line for line in f if (m := re.fullmatch(r"(\d+) \w+ \S+\n", line)) and int(m[1]) < self.start_step]
+                lines = f.readlines()
+            if not cfg.resume and (checkpoints(cfg.log_dir) or any(" train " in line for line in lines)):
+                fail(f"{cfg.log_dir} holds a run: go on with the same command and --resume=auto, or choose another --log_dir")
+            kept = [line for line in lines if (m := re.fullmatch(r"(\d+) \w+ \S+\n", line)) and int(m[1]) < self.start_step]
         commit = subprocess.getoutput(f"git -C '{os.path.dirname(os.path.abspath(__file__))}' rev-parse HEAD 2>/dev/null")
         info = {"arch": self.arch, "config": asdict(cfg), "params": params, "flops_per_token": self.flops, "git_commit": commit,
                 "device": self.device_name, "processes": self.world.size, "torch": torch.__version__,
@@ -584,9 +588,12 @@ class Run:
         self.clock = time.perf_counter()
 
     def sample(self, step, tokenizer):
+        self.flush()
         if self.world.rank == 0:
+            self.model.eval()
             with self.world.autocast():
                 text = generate(self.model, tokenizer, PROMPT, self.cfg.block_size, self.world.device, self.cfg.seed)
+            self.model.train()
             self.say(f"step {step:5d} | sample: {text}")
         self.clock = time.perf_counter()
 
@@ -604,7 +611,7 @@ class Run:
         if self.bench:
             self.say(f"median of {self.bench} steps: {self.speed(float(np.median(self.seconds[BENCH_WARMUP:])))}")
         elif self.stopping:
-            self.say(f"stopped; {self.saved} holds everything: go on with --resume=auto")
+            self.say(f"stopped; {self.saved} holds everything: go on with the same command and --resume=auto")
         else:
             self.say(f"log: {self.log_path}\ncheckpoint: {self.saved}\nnext: python train_{self.arch}.py "
                      f"--log_dir={self.cfg.log_dir} --sample=\"{PROMPT}\"")

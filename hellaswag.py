@@ -142,6 +142,8 @@ def main():
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
     parser.set_defaults(seed=0)
     args = parser.parse_args()
+    if min(args.hella_limit, args.batch_size) < 1:
+        parser.error("--hella_limit and --batch_size are at least 1")
     with common.one_line_errors():
         if args.model.endswith(".pt") or os.path.isfile(args.model):
             try:

@@ -380,7 +380,7 @@ def test_cosine_schedule():
 
 def test_batch_that_does_not_divide(monkeypatch, capsys):
     bad(capsys, lambda: train("gpt2", monkeypatch, *QUICK, "--batch_size=3"), "batch_size=3", "[1, 2, 4, 8, 16]")
-    bad(capsys, lambda: train("gpt2", monkeypatch, *QUICK, "--block_size=33"), "block_size=33", "none")
+    bad(capsys, lambda: train("gpt2", monkeypatch, *QUICK, "--block_size=33"), "block_size=33", "no --batch_size does")
 
 
 # ---- HellaSwag -------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ scripts differ from:
 - learned absolute positions, context 1024
 - GELU in its tanh form (OpenAI's src/model.py)
 - biases everywhere, the output head is the token embedding
-- residual projections start smaller by 1/sqrt(number of residual layers) (section 2.3)
+- residual projections start smaller by 1/sqrt(number of residual layers) (two a block, section 2.3)
 124,475,904 parameters with the vocabulary padded from 50,257 to 50,304. No dropout: one pass over the data.
 
     python train_gpt2.py --tiny                            # no data, no GPU: a minute on a laptop
@@ -38,15 +38,15 @@ class Config:
     n_layer: int = 12  # blocks
     n_head: int = 12  # attention heads
     n_embd: int = 768  # width of the residual stream
-    init_from: str = ""  # start from published weights: gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder
+    init_from: str = ""  # published weights to start from, in their shape: gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder
     # training
     total_batch_size: int = 524288  # tokens per step
     batch_size: int = 64  # sequences per device and micro-step: lower it when memory runs out, the result is the same
-    max_steps: int = 19073  # steps; 19,073 x 524,288 tokens are one epoch of FineWeb sample-10BT
+    max_steps: int = 19073  # steps; x 524,288 tokens: 10.0B, each token of FineWeb sample-10BT at most once
     warmup_steps: int = 715  # steps of linear warm-up, 375M tokens as GPT-3
     learning_rate: float = 6e-4  # peak, GPT-3 table 2.1
     min_lr_ratio: float = 0.1  # the cosine ends at this part of the peak
-    weight_decay: float = 0.1  # on matrices
+    weight_decay: float = 0.1  # on matrices and embeddings
     beta1: float = 0.9  # AdamW
     beta2: float = 0.95  # AdamW
     grad_clip: float = 1.0  # global gradient norm
@@ -128,7 +128,7 @@ class Model(nn.Module):
         self.lm_head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight
         for name, p in self.named_parameters():
-            if p.dim() == 2:  # norms keep (1, 0)
+            if p.dim() == 2:  # positions too (OpenAI's code has 0.01 there, Hugging Face's 0.02); norms keep (1, 0)
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * cfg.n_layer) if name.endswith("c_proj.weight") else 0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -217,7 +217,7 @@ def main():
     world = init_world(cfg)
     accumulation = accumulation_steps(cfg, world)
     train_loader, val_loader = (DataLoader(cfg, split, world, mode.bench) for split in ("train", "val"))
-    tokenizer = get_tokenizer(cfg.vocab_size)
+    tokenizer = get_tokenizer(cfg.vocab_size) if cfg.hella_limit or cfg.sample_interval else None
     hellaswag = load_hellaswag(cfg, world, tokenizer)
     raw_model = Model(cfg).to(world.device)
     optimizer = raw_model.configure_optimizers(cfg, world.device.type)
@@ -226,14 +226,14 @@ def main():
         raw_model.compile(dynamic=False, fullgraph=True)
     model = raw_model
     if world.size > 1:
-        torch._dynamo.config.optimize_ddp = False  # one graph: all-reduces cannot overlap a fused backward, fusions win
+        torch._dynamo.config.optimize_ddp = False  # else the graph is cut at every bucket, and fusions with it
         model = DDP(raw_model, device_ids=None if world.device.type == "cpu" else [world.device],
                     gradient_as_bucket_view=True, bucket_cap_mb=100)
     batches = train_loader.train_batches(run.start_step, accumulation)
 
     for step in range(run.start_step, cfg.max_steps + 1):  # `step` updates have been made
         last_step = step == cfg.max_steps or run.stopping
-        if cfg.eval_interval and (step % cfg.eval_interval == 0 or last_step) and not run.stopping:
+        if cfg.eval_interval and (step % cfg.eval_interval == 0 or last_step) and not run.stopping:  # else when resumed
             run.flush()
             raw_model.eval()
             val_loss = torch.zeros((), device=world.device)
@@ -253,7 +253,7 @@ def main():
 
         lr = cosine_lr(cfg, step)
         for group in optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1.0)
+            group["lr"] = lr * group.get("lr_scale", 1.0)  # some papers give a group its own pace
         train_loss = torch.zeros((), device=world.device)
         for micro_step in range(accumulation):
             x, y, _ = next(batches)
