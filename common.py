@@ -16,6 +16,7 @@ import math
 import os
 import pickle
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -54,9 +55,11 @@ def fail(message):
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Say what to do when memory runs out; a decorator or the head of a with statement."""
+    """Full disks, forbidden folders and exhausted memory end in one line; a decorator or the head of a with statement."""
     try:
         yield
+    except OSError as e:
+        fail(e)
     except RuntimeError as e:  # torch.OutOfMemoryError is one; the CPU's allocator has no class of its own
         if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
             raise
@@ -69,7 +72,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def boolean(text):
-    return bool(["0", "false", "no", "1", "true", "yes"].index(text.lower()) // 3)
+    if text.lower() not in ("0", "false", "no", "1", "true", "yes"):
+        raise ValueError
+    return text.lower() in ("1", "true", "yes")
 
 
 def parse_args(Config, tiny):
@@ -92,14 +97,17 @@ def parse_args(Config, tiny):
     given = {f.name: getattr(mode, f.name) for f in fields(Config) if getattr(mode, f.name) is not None}
     if given.get("tiny"):
         given = {**TINY_TRAINING, **tiny, **given}
+    if (mode.sample is not None) + (mode.export is not None) + (mode.bench > 0) > 1:
+        fail("--sample, --export and --bench: one at a time")
     if mode.bench:
         given |= dict(max_steps=mode.bench + BENCH_WARMUP, eval_interval=0, hella_limit=0, sample_interval=0)
     counts = ("max_steps", "warmup_steps", "seed", "eval_interval", "hella_limit", "checkpoint_interval", "sample_interval",
               "bench")  # 0 makes sense
     for name, value in {**given, "bench": mode.bench}.items():
         least = 0 if isinstance(value, float) or name in counts else 1
-        if type(value) in (int, float) and not least <= value < math.inf:
-            fail(f"--{name}={value} is out of range: at least {least}")
+        below = 1 if name.startswith("beta") else math.inf if isinstance(value, float) else 2**63
+        if type(value) in (int, float) and not least <= value < below:
+            fail(f"--{name}={value} is out of range: at least {least}, less than {below}")
     if given.get("optimizer", "adamw") not in ("adamw", "muon"):
         fail(f"--optimizer={given['optimizer']}: adamw or muon")
     try:
@@ -142,8 +150,11 @@ def default_device():
 def init_world(cfg):
     """Join the process group if torchrun started this process, choose the device, and seed."""
     rank, size, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    sys.stdout.reconfigure(errors="replace")  # samples may hold what the terminal cannot show
     try:
         world = World(torch.device(cfg.device), rank, size, local_rank)
+        if world.device.type not in ("cuda", "mps", "cpu"):
+            raise RuntimeError
         if world.device.type == "cuda":
             world.device = torch.device("cuda", local_rank if size > 1 else world.device.index or 0)
             torch.cuda.set_device(world.device)
@@ -152,7 +163,8 @@ def init_world(cfg):
     except (RuntimeError, AssertionError, AttributeError):  # each backend that is not there has its own
         fail(f"--device={cfg.device} cannot be used here: cuda, mps or cpu, as far as PyTorch finds them")
     if size > 1:
-        dist.init_process_group("nccl" if world.device.type == "cuda" else "gloo")
+        cuda = world.device.type == "cuda"
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=world.device if cuda else None)
     torch.manual_seed(cfg.seed)
     return world
 
@@ -163,8 +175,9 @@ def accumulation_steps(cfg, world):
     if rest or rows % cfg.batch_size:
         fit = [b for b in range(1, min(rows, 512) + 1) if rows % b == 0]
         fail(f"--total_batch_size={cfg.total_batch_size} does not divide into {world.size} processes x --batch_size="
-             f"{cfg.batch_size} x --block_size={cfg.block_size}; " + (f"values of --batch_size that do: {fit}" if not rest else
-             "no --batch_size does: change the number of processes, --block_size or --total_batch_size"))
+             f"{cfg.batch_size} x --block_size={cfg.block_size}; " + (
+                 "no --batch_size does: change the number of processes, --block_size or --total_batch_size" if rest else
+                 f"values of --batch_size that do: {fit}"))
     return rows // cfg.batch_size
 
 
@@ -177,8 +190,9 @@ def write_tiny(folder):
     data = np.frombuffer("".join("\0" + text for text in topics.values()).encode(), np.uint8)
     n = len(data) // 10
     os.makedirs(folder, exist_ok=True)
-    fineweb.write_shard(os.path.join(folder, "tiny_val_000000.bin"), data[:n])
-    fineweb.write_shard(os.path.join(folder, "tiny_train_000001.bin"), data[n:])
+    for name, part in ("tiny_val_000000.bin", data[:n]), ("tiny_train_000001.bin", data[n:]):
+        if not os.path.exists(path := os.path.join(folder, name)):
+            fineweb.write_shard(path, part)
 
 
 class DataLoader:
@@ -191,11 +205,10 @@ class DataLoader:
     """
 
     def __init__(self, cfg, split, world, synthetic=False):
-        self.B, self.T, self.total_batch_size, self.vocab_size = cfg.batch_size, cfg.block_size, cfg.total_batch_size, cfg.vocab_size
-        self.world = world
+        self.B, self.T, self.vocab_size, self.world = cfg.batch_size, cfg.block_size, cfg.vocab_size, world
+        self.total_batch_size = cfg.total_batch_size
         if synthetic:
-            self.paths, tokens = [], np.random.default_rng(0).integers(0, min(50257, cfg.vocab_size), 2**20, np.uint16)
-            self.shards = [tokens]
+            self.shards = [np.random.default_rng(0).integers(0, min(50257, cfg.vocab_size), 2**20, np.uint16)]
         else:
             if cfg.tiny and cfg.data_dir == TINY_TRAINING["data_dir"]:
                 world.local_first(lambda: write_tiny(cfg.data_dir))
@@ -205,12 +218,14 @@ class DataLoader:
             self.shards = [self.open(path) for path in self.paths]
         self.ends = np.cumsum([len(shard) for shard in self.shards])
         self.n_tokens = int(self.ends[-1])
+        if self.n_tokens <= self.T:
+            fail(f"the {split} shards in {cfg.data_dir} hold {self.n_tokens} tokens: less than a row of --block_size={self.T}")
         self.val_rows = min(cfg.val_tokens, self.n_tokens - 1) // self.T  # whole rows of the first val_tokens tokens
-        if not self.val_rows:
-            fail(f"--val_tokens={cfg.val_tokens} or the {self.n_tokens} tokens of the {split} shards in {cfg.data_dir} are less "
-                 f"than one row of --block_size={self.T}")
-        if split == "train" and world.rank == 0 and cfg.max_steps * cfg.total_batch_size > self.n_tokens and not synthetic:
-            print(f"{cfg.data_dir} has {self.n_tokens:,} tokens: after step {self.n_tokens // cfg.total_batch_size} they come again")
+        if split == "val" and not self.val_rows:
+            fail(f"--val_tokens={cfg.val_tokens} is less than a row of --block_size={self.T}")
+        steps = self.n_tokens // cfg.total_batch_size
+        if split == "train" and steps < cfg.max_steps and world.rank == 0 and not synthetic:
+            print(f"{cfg.data_dir} has {self.n_tokens:,} tokens: after {steps} steps they come again")
 
     def open(self, path):
         try:
@@ -306,7 +321,7 @@ class Bytes:
     n_vocab, eot_token = 256, 0
 
     def encode_ordinary(self, text):
-        return list(text.encode())
+        return list(text.encode(errors="replace"))
 
     def decode(self, ids):
         return bytes(ids).decode(errors="replace")
@@ -344,7 +359,7 @@ def load_hellaswag(cfg, world, tokenizer):
         except OSError as e:
             print(f"no HellaSwag in this run: {e}; put {hellaswag.FILE} here, or say --hellaswag_file=FILE", file=sys.stderr)
 
-    if not cfg.hella_limit or tokenizer is None:
+    if not cfg.hella_limit or tokenizer is None or cfg.block_size < 2:
         return None
     if cfg.hellaswag_file == hellaswag.FILE:
         world.local_first(fetch)
@@ -363,12 +378,14 @@ def read_checkpoint(path):
     """The dict that Run.save wrote, tensors on the CPU. Raises ValueError with a one-line reason; never runs code."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if not {"arch", "step", "config", "model", "optimizer"} <= set(checkpoint):
-            raise ValueError("entries are missing")
+        kinds = {"arch": str, "step": int, "config": dict, "model": dict, "optimizer": (dict, list)}
+        if not isinstance(checkpoint, dict) or not all(isinstance(checkpoint.get(k), t) for k, t in kinds.items()):
+            raise ValueError("entries are missing or of another kind")
         return checkpoint
     except Exception as e:  # a damaged file can raise anything in torch.load
-        what = "damaged, or no plain data (it may carry code, which was not run)" if isinstance(e, pickle.UnpicklingError) else e
-        raise ValueError(f"{path} is not a readable checkpoint: {what}") from None
+        if isinstance(e, pickle.UnpicklingError):
+            e = "damaged, or not plain data: it may carry code, which was not run"
+        raise ValueError(f"{path} is not a readable checkpoint: {e}") from None
 
 
 def checkpoints(folder):
@@ -428,7 +445,7 @@ def use_checkpoint(cfg, mode, arch, Config, Model, to_hf):
         device = init_world(cfg).device
         if tokenizer := get_tokenizer(model.cfg.vocab_size):
             print(generate(model.to(device), tokenizer, mode.sample, model.cfg.block_size, device, cfg.seed))
-    if mode.export:
+    if mode.export is not None:
         if os.path.exists(mode.export) and os.listdir(mode.export):
             fail(f"--export={mode.export}: this folder is not empty")
         try:
@@ -457,6 +474,9 @@ class Run:
         self.device_name = torch.cuda.get_device_name() if world.device.type == "cuda" else world.device.type
         if cfg.resume and not bench:
             self.resume()
+            start = torch.tensor(float(self.start_step), device=world.device)
+            if world.sum(start.clone()) != start * world.size:
+                fail(f"the processes find different checkpoints: --log_dir={cfg.log_dir} must be a folder that all of them share")
         if world.rank == 0 and not bench:
             self.open_log(params)
         for signum in signal.SIGINT, signal.SIGTERM:
@@ -475,28 +495,39 @@ class Run:
         differ = [n for n in names if saved.get(n) != now[n] and n != "resume"]
         fixed = [n for n in differ if n in names[:names.index("total_batch_size")] or n == "optimizer"]
         if fixed:
-            fail(f"{path} has another shape or optimizer; to go on with it say " + " ".join(f"--{n}={saved.get(n)}" for n in fixed))
+            wanted = " ".join(f"--{n}={saved.get(n)}" for n in fixed)
+            fail(f"{path} has another shape or optimizer; to go on with it say {wanted}")
         load_weights(self.model, self.arch, path, checkpoint)
         options = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        try:
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+        except (AttributeError, KeyError, TypeError, ValueError) as e:
+            fail(f"{path} holds no state of this optimizer: {e}")
         for group, given in zip(self.optimizer.param_groups, options):
             group.update(given)  # decay and betas of this command line, not of the checkpoint's
         self.start_step, self.saved = checkpoint["step"], path
-        newer = [p for step, p in checkpoints(cfg.log_dir).items() if step > self.start_step]
-        if newer and cfg.resume != "auto":
-            fail(f"{cfg.log_dir} holds checkpoints after step {self.start_step} ({newer[0]}): move them away, or say another --log_dir")
+        if not 0 <= self.start_step <= cfg.max_steps:
+            fail(f"{path} is at step {self.start_step}, beyond --max_steps={cfg.max_steps}")
+        if cfg.resume != "auto" and any(step > self.start_step for step in checkpoints(cfg.log_dir)):
+            fail(f"{cfg.log_dir} holds later checkpoints than {path}: move them away, or choose another --log_dir")
+        if os.path.exists(self.log_path) and not os.path.samefile(os.path.dirname(os.path.abspath(path)), cfg.log_dir):
+            fail(f"{cfg.log_dir} holds the log of another run than {path}: choose another --log_dir")
         self.say(f"resumed {path} at step {self.start_step}" + "".join(f", {n} {saved.get(n)} -> {now[n]}" for n in differ))
 
     def open_log(self, params):
         """Drop what an earlier process logged from start_step on (and a torn last line); describe the run in run.json."""
         cfg, kept = self.cfg, []
         if os.path.exists(self.log_path):
-            with open(self.log_path, errors="replace") as f:
-                lines = f.readlines()
-            if not cfg.resume and (checkpoints(cfg.log_dir) or any(" train " in line for line in lines)):
+            with open(self.log_path, errors="replace", newline="\n") as f:
+                lines = [(int(m[1]), line) for line in f if (m := re.fullmatch(r"(\d+) \w+ \S+\n", line))]
+            last = max((step for step, line in lines if " train " in line), default=-1)
+            if not cfg.resume and (checkpoints(cfg.log_dir) or last >= 0):
                 fail(f"{cfg.log_dir} holds a run: go on with the same command and --resume=auto, or choose another --log_dir")
-            kept = [line for line in lines if (m := re.fullmatch(r"(\d+) \w+ \S+\n", line)) and int(m[1]) < self.start_step]
-        commit = subprocess.getoutput(f"git -C '{os.path.dirname(os.path.abspath(__file__))}' rev-parse HEAD 2>/dev/null")
+            if not self.saved and last >= cfg.checkpoint_interval > 0:
+                fail(f"{cfg.log_dir} holds a log up to step {last} and no checkpoint: put one back, or choose another --log_dir")
+            kept = [line for step, line in lines if step < self.start_step]
+        here = shlex.quote(os.path.dirname(os.path.abspath(__file__)))
+        commit = subprocess.getoutput(f"git -C {here} rev-parse HEAD 2>/dev/null")
         info = {"arch": self.arch, "config": asdict(cfg), "params": params, "flops_per_token": self.flops, "git_commit": commit,
                 "device": self.device_name, "processes": self.world.size, "torch": torch.__version__,
                 "python": sys.version.split()[0], "command": sys.argv}
@@ -517,7 +548,8 @@ class Run:
 
     def interrupt(self, signum, frame):
         self.interrupted = True  # finish the step, save, leave
-        signal.signal(signum, signal.SIG_DFL)  # a second one ends the process at once
+        if signum == signal.SIGINT:  # a second Ctrl-C ends the process at once; SIGTERM often comes twice by itself
+            signal.signal(signum, signal.SIG_DFL)
 
     def say(self, text):
         if self.world.rank == 0:
@@ -554,7 +586,8 @@ class Run:
         self.seconds.append(seconds)
         for stream, value in ("train", f"{loss:.6f}"), ("lr", f"{lr:.4e}"), ("norm", f"{norm:.4f}"):
             self.log(step, stream, value)
-        self.say(f"step {step:5d}/{self.cfg.max_steps} | loss {loss:.6f} | lr {lr:.4e} | norm {norm:.4f} | {self.speed(seconds)}")
+        self.say(f"step {step:5d}/{self.cfg.max_steps} | loss {loss:.6f} | lr {lr:.4e} | norm {norm:.4f} | "
+                 f"{self.speed(seconds)}")
         self.bar.update()
 
     def flush(self):
@@ -614,6 +647,6 @@ class Run:
             self.say(f"stopped; {self.saved} holds everything: go on with the same command and --resume=auto")
         else:
             self.say(f"log: {self.log_path}\ncheckpoint: {self.saved}\nnext: python train_{self.arch}.py "
-                     f"--log_dir={self.cfg.log_dir} --sample=\"{PROMPT}\"")
+                     f"--log_dir={shlex.quote(self.cfg.log_dir)} --sample=\"{PROMPT}\"")
         if self.world.size > 1:
             dist.destroy_process_group()

@@ -59,7 +59,7 @@ def load(path):
                 if len(texts) != 5 or not all(isinstance(t, str) and t for t in texts) or item["label"] not in range(4):
                     raise ValueError
                 items.append(item)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise ValueError(f"{path}, line {n}: not a HellaSwag item (ctx, four endings, label 0..3)") from None
         except (EOFError, lzma.LZMAError) as e:
             raise ValueError(f"{path}: damaged after line {len(items)}: {e}") from None

@@ -20,6 +20,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -359,6 +360,7 @@ def test_bad_data_is_one_line(capsys):
     bad(capsys, lambda: loader("val"), "no val shards")
     shards("data", n_val=16)
     bad(capsys, lambda: loader("val"), "block_size=16")
+    shards("data")
     bad(capsys, lambda: loader("val", val_tokens=15), "val_tokens=15")
     corrupt("data/x_train_000001.bin", 1024 + 20, 300, np.uint16)
     bad(capsys, lambda: next(loader("train").train_batches(0, 1)), "x_train_000001.bin", "300", "vocab_size=256")
@@ -581,16 +583,16 @@ def test_killed_in_the_middle_of_a_save(monkeypatch):
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_interrupted_and_resumed(signum, monkeypatch):
     """SIGTERM and SIGINT finish the step and save; nothing saves on SIGKILL, which loses steps, never the result."""
-    options = [*QUICK, "--max_steps=400", "--checkpoint_interval=50", "--eval_interval=200"]
+    options = [*QUICK, "--max_steps=100", "--checkpoint_interval=20", "--eval_interval=50"]
     process = subprocess.Popen([sys.executable, os.path.join(ROOT, "train_gpt2.py"), *options], stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
-        if line.startswith("step    60/"):
+        if line.startswith("step    30/"):
             process.send_signal(signum)
             break
     rest = process.stdout.read()
     assert process.wait() == (0 if signum != signal.SIGKILL else -signum)
     newest = max(glob.glob("log/gpt2-tiny/model_*.pt"))
-    assert (signum == signal.SIGKILL) == newest.endswith("00050.pt") or newest > "log/gpt2-tiny/model_00060.pt"
+    assert (signum == signal.SIGKILL) == newest.endswith("00020.pt") or newest > "log/gpt2-tiny/model_00030.pt"
     assert signum == signal.SIGKILL or f"stopped; {newest} holds everything" in rest
     train("gpt2", monkeypatch, *options, "--resume=auto")
     train("gpt2", monkeypatch, *options, "--log_dir=log/whole")
@@ -697,9 +699,9 @@ def test_samples_never_contain_padding():
     ("--n_layers=3", "--n_layer"), ("--learn_rate=1", "--learning_rate"), ("--zzz", "--help"), ("stray", "stray"),
     ("--n_layer=two", "--n_layer"), ("--n_layer=0", "n_layer=0"), ("--batch_size=-4", "batch_size=-4"), ("--learning_rate=nan", "learning_rate"),
     ("--compile=maybe", "--compile"), ("--optimizer=sgd", "muon"), ("--device=tpu9", "--device=tpu9"), ("--n_head=5", "n_head=5"),
-    ("--bench=-1", "bench"), ("--sample=x", "no checkpoint"), ("--export=x", "no checkpoint"), ("--resume=x.pt", "x.pt"), ("--data_dir=nowhere", "nowhere")])
+    ("--bench=-1", "bench"), ("--bench=1 --sample=x", "one at a time"), ("--beta1=1", "beta1"), ("--seed=18446744073709551616", "seed"), ("--sample=x", "no checkpoint"), ("--export=x", "no checkpoint"), ("--resume=x.pt", "x.pt"), ("--data_dir=nowhere", "nowhere")])
 def test_bad_options(option, words, monkeypatch, capsys):
-    bad(capsys, lambda: train("gpt2", monkeypatch, *QUICK, option), words)
+    bad(capsys, lambda: train("gpt2", monkeypatch, *QUICK, *option.split()), words)
     assert not os.path.exists("log")
 
 
@@ -719,6 +721,7 @@ def test_checkpoints_that_must_not_be_used(monkeypatch, capsys):
     resume = lambda *options: train("gpt2", monkeypatch, *QUICK, "--log_dir=log/new", *options)
     bad(capsys, lambda: train("gpt2", monkeypatch, *QUICK), "--resume=auto", "--log_dir")
     bad(capsys, lambda: train("gpt2", monkeypatch, *QUICK, "--resume=log/gpt2-tiny/model_00002.pt"), "move them away")
+    bad(capsys, lambda: train("gpt2", monkeypatch, *QUICK, "--resume=auto", "--max_steps=7"), "max_steps=7")
     torch.save({"arch": Attack()}, "attack.pt")
     bad(capsys, lambda: resume("--resume=attack.pt"), "attack.pt")
     assert not os.path.exists("executed")
@@ -741,6 +744,26 @@ def test_checkpoints_that_must_not_be_used(monkeypatch, capsys):
         open(f"log/gpt2-tiny/model_{step:05d}.pt", "wb").write(b"half")
     bad(capsys, lambda: train("gpt2", monkeypatch, *QUICK, "--resume=auto"), "model_00009.pt")
     assert log_of() == log
+
+
+def test_a_log_is_never_cut_by_mistake(monkeypatch, capsys):
+    train("gpt2", monkeypatch, *QUICK)
+    train("gpt2", monkeypatch, *QUICK, "--seed=2", "--log_dir=log/b")
+    log = log_of()
+    shutil.copy("log/gpt2-tiny/model_00008.pt", "elsewhere.pt")
+    bad(capsys, lambda: train("gpt2", monkeypatch, *QUICK, "--resume=elsewhere.pt"), "another run")
+    for path in glob.glob("log/gpt2-tiny/model_*.pt"):
+        os.remove(path)
+    bad(capsys, lambda: train("gpt2", monkeypatch, *QUICK, "--resume=auto"), "no checkpoint")
+    bad(capsys, lambda: train("gpt2", monkeypatch, *QUICK), "--resume=auto")
+    assert log_of() == log
+    os.makedirs("log/c")  # stopped before the first step, or before the first checkpoint: nothing to lose
+    open("log/c/log.txt", "w").write("0 val 5.5159\n")
+    train("gpt2", monkeypatch, *QUICK, "--log_dir=log/c")
+    os.makedirs("log/d")
+    open("log/d/log.txt", "w").write("0 val 5.5159\n0 train 5.5\n1 tra")
+    train("gpt2", monkeypatch, *QUICK, "--log_dir=log/d", "--resume=auto")
+    assert log_of("log/c") == log_of("log/d") == log
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(monkeypatch, capsys):

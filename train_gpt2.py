@@ -24,8 +24,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from common import (DataLoader, Optimizers, Run, accumulation_steps, cosine_lr, default_device, fail, get_tokenizer, init_world, load_hellaswag,
-                    one_line_errors, parse_args, use_checkpoint)
+from common import (DataLoader, Optimizers, Run, accumulation_steps, cosine_lr, default_device, fail, get_tokenizer,
+                    init_world, load_hellaswag, one_line_errors, parse_args, use_checkpoint)
 
 ARCH = "gpt2"
 
@@ -70,7 +70,7 @@ class Config:
             hf = published("GPT2Config", self.init_from)
             self.block_size, self.vocab_size = hf.n_positions, hf.vocab_size
             self.n_layer, self.n_head, self.n_embd = hf.n_layer, hf.n_head, hf.n_embd
-        if self.n_embd % self.n_head:
+        if self.n_head < 1 or self.n_embd % self.n_head:
             raise ValueError(f"--n_embd={self.n_embd} is not a multiple of --n_head={self.n_head}")
 
 
@@ -212,7 +212,7 @@ def to_hf(model):
 def main():
     # ==== training loop: identical in every train_*.py ====
     cfg, mode = parse_args(Config, TINY)
-    if mode.sample is not None or mode.export:
+    if mode.sample is not None or mode.export is not None:
         return use_checkpoint(cfg, mode, ARCH, Config, Model, to_hf)
     world = init_world(cfg)
     accumulation = accumulation_steps(cfg, world)
@@ -223,10 +223,10 @@ def main():
     optimizer = raw_model.configure_optimizers(cfg, world.device.type)
     run = Run(cfg, ARCH, world, raw_model, optimizer, mode.bench)
     if cfg.compile:
+        torch._dynamo.config.optimize_ddp = False  # else DDP cuts the graph at every bucket, and fusions with it
         raw_model.compile(dynamic=False, fullgraph=True)
     model = raw_model
     if world.size > 1:
-        torch._dynamo.config.optimize_ddp = False  # else the graph is cut at every bucket, and fusions with it
         model = DDP(raw_model, device_ids=None if world.device.type == "cpu" else [world.device],
                     gradient_as_bucket_view=True, bucket_cap_mb=100)
     batches = train_loader.train_batches(run.start_step, accumulation)
