@@ -41,8 +41,8 @@ BENCH_WARMUP = 5  # steps that --bench does not count: compilation, first alloca
 PEAK_FLOPS = {"A100": 312e12, "H100 PCIe": 756e12, "H100": 989.4e12, "GH200": 989.4e12, "H200": 989.4e12, "B200": 2250e12,
               "RTX 3090": 71e12, "RTX 4090": 165.2e12}
 # --tiny: about a minute on two CPU cores; each script adds the size of its model
-TINY_TRAINING = dict(total_batch_size=4096, batch_size=16, max_steps=300, warmup_steps=20, learning_rate=2e-3,
-                     eval_interval=100, val_tokens=32768, hella_limit=0, checkpoint_interval=100, sample_interval=300,
+TINY_TRAINING = dict(total_batch_size=1024, batch_size=16, max_steps=600, warmup_steps=40, learning_rate=3e-3,
+                     eval_interval=150, val_tokens=32768, hella_limit=0, checkpoint_interval=300, sample_interval=600,
                      data_dir="tiny_data", compile=False)
 
 

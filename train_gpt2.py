@@ -74,7 +74,7 @@ class Config:
             raise ValueError(f"--n_embd={self.n_embd} is not a multiple of --n_head={self.n_head}")
 
 
-TINY = dict(block_size=128, vocab_size=256, n_layer=4, n_head=4, n_embd=128, log_dir="log/gpt2-tiny")
+TINY = dict(block_size=64, vocab_size=256, n_layer=4, n_head=4, n_embd=128, log_dir="log/gpt2-tiny")
 
 
 class CausalSelfAttention(nn.Module):
