@@ -1,7 +1,7 @@
 """
 GPT-2 124M (Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"), the baseline that the other
 scripts differ from:
-- a transformer decoder: causal multi-head attention, then an MLP of four times the width, each added to the residual stream
+- a transformer decoder: causal multi-head attention, then an MLP of four times the width, both added to the residual
 - LayerNorm in front of each of them (section 2.3: moved to the input of each sub-block, one more after the last block)
 - learned absolute positions, context 1024
 - GELU in its tanh form (OpenAI's src/model.py)
@@ -38,7 +38,7 @@ class Config:
     n_layer: int = 12  # blocks
     n_head: int = 12  # attention heads
     n_embd: int = 768  # width of the residual stream
-    init_from: str = ""  # published weights to start from, in their shape: gpt2, gpt2-medium, gpt2-large, gpt2-xl or a folder
+    init_from: str = ""  # published weights and shape to start from: gpt2, gpt2-medium, gpt2-large, gpt2-xl, a folder
     # training
     total_batch_size: int = 524288  # tokens per step
     batch_size: int = 64  # sequences per device and micro-step: lower it when memory runs out, the result is the same
@@ -86,7 +86,8 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x):
         B, T, C = x.shape
-        q, k, v = (z.view(B, T, self.n_head, -1).transpose(1, 2) for z in self.c_attn(x).split(C, dim=2))  # (B, H, T, C/H)
+        q, k, v = (z.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, C/H)
+                   for z in self.c_attn(x).split(C, dim=2))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # flash attention, scale 1/sqrt(C/H)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
@@ -147,7 +148,7 @@ class Model(nn.Module):
         return tr.ln_f(x)
 
     def forward(self, idx, targets=None):
-        """idx, targets int64 (B, T), targets of -1 do not count -> (logits (B, T, vocab_size), None) or (None, loss)."""
+        """idx, targets int64 (B, T), targets of -1 do not count -> (logits (B, T, vocab_size), None) or (None, loss)"""
         logits = self.lm_head(self.hidden(idx)).float()
         if targets is None:
             return logits, None
@@ -165,8 +166,8 @@ class Model(nn.Module):
         return 6 * n + 12 * cfg.n_layer * cfg.n_embd * cfg.block_size
 
     def configure_optimizers(self, cfg, device_type):
-        """AdamW that decays matrices and embeddings, not biases and norms; fused into one kernel. With optimizer=muon the
-        matrices inside the blocks go to Muon (Jordan et al. 2024), its step scaled to AdamW's (arXiv 2502.16982, 2.2)."""
+        """AdamW that decays matrices and embeddings, not biases and norms; fused into one kernel. With optimizer=muon
+        the matrices inside the blocks go to Muon (Jordan et al. 2024), its step scaled to AdamW's (arXiv 2502.16982)."""
         blocks = [p for p in self.transformer.h.parameters() if p.dim() == 2]
         embeddings = [self.transformer.wte.weight, self.transformer.wpe.weight]
         vectors = [p for p in self.parameters() if p.dim() < 2]
@@ -202,8 +203,8 @@ def to_hf(model):
     cfg = model.cfg
     eot = 50256 if cfg.vocab_size > 50256 else 0
     hf = GPT2LMHeadModel(GPT2Config(
-        vocab_size=cfg.vocab_size, n_positions=cfg.block_size, n_embd=cfg.n_embd, n_layer=cfg.n_layer, n_head=cfg.n_head,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=eot, eos_token_id=eot))
+        vocab_size=cfg.vocab_size, n_positions=cfg.block_size, n_embd=cfg.n_embd, n_layer=cfg.n_layer,
+        n_head=cfg.n_head, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=eot, eos_token_id=eot))
     hf.load_state_dict(transpose_conv1d(model.state_dict()))
     return hf
 
@@ -228,7 +229,7 @@ def main():
     model = raw_model
     if world.size > 1:
         model = DDP(raw_model, device_ids=None if world.device.type == "cpu" else [world.device],
-                    gradient_as_bucket_view=True, bucket_cap_mb=100)
+                    gradient_as_bucket_view=True, bucket_cap_mb=100, broadcast_buffers=False)
     batches = train_loader.train_batches(run.start_step, accumulation)
 
     for step in range(run.start_step, cfg.max_steps + 1):  # `step` updates have been made

@@ -1,0 +1,353 @@
+"""
+Gemma 3 (Gemma Team 2025, arXiv 2503.19786) at the size of GPT-2 124M. What differs from LLaMA 3:
+- five local layers, whose attention sees a sliding window, then a global one, and so on; theta 10,000 in the local
+  layers, 1,000,000 in the global ones (section 2)
+- an RMSNorm after attention and MLP too, in front of the addition; all norms scale by 1 + w, w from 0 on, in fp32
+- queries and keys are normalised per head, in front of the rotation (section 2; arXiv 2302.05442)
+- the embedding is multiplied by sqrt(width)
+- GeGLU: the MLP's gate is a GELU in its tanh form (arXiv 2002.05202)
+As LLaMA: rotary positions, grouped-query attention, no biases. Gemma 2's soft caps are gone.
+Official windows are 512 to 1,024 at contexts of 32K and 128K; here 256 at 1,024. 123,607,296 parameters. Gemma 3 was
+distilled from a larger model; here it learns from text alone.
+
+    python train_gemma.py --tiny                           # no data, no GPU: a minute on a laptop
+    python train_gemma.py                                  # one GPU, after python fineweb.py
+    torchrun --nproc_per_node=8 train_gemma.py             # eight GPUs: the same result, sooner
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_gemma.py  # on each node
+    torchrun --nproc_per_node=8 train_gemma.py --resume=auto
+    python train_gemma.py --sample="Hello, I'm a language model,"
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+from common import (DataLoader, Optimizers, Run, accumulation_steps, cosine_lr, default_device, get_tokenizer,
+                    init_world, load_hellaswag, one_line_errors, parse_args, use_checkpoint)
+
+ARCH = "gemma"
+
+
+@dataclass
+class Config:
+    # model
+    block_size: int = 1024  # context length, tokens
+    vocab_size: int = 50304  # GPT-2's 50,257 tokens padded to a multiple of 128; below 50257 text is taken as bytes
+    n_layer: int = 12  # blocks
+    n_head: int = 12  # query heads
+    n_kv_head: int = 3  # key-value heads, each serves n_head / n_kv_head query heads
+    head_dim: int = 64  # width of a head
+    n_embd: int = 768  # width of the residual stream
+    ffn_dim: int = 2432  # hidden width of the MLP
+    rope_theta: float = 1e6  # base of the rotary wavelengths, global layers
+    rope_theta_local: float = 1e4  # local layers
+    norm_eps: float = 1e-6  # of RMSNorm
+    window: int = 256  # positions that a local layer sees, its own included
+    window_pattern: int = 6  # every so many layers one is global, the others local
+    # training
+    total_batch_size: int = 524288  # tokens per step
+    batch_size: int = 64  # sequences per device and micro-step: lower it when memory runs out, the result is the same
+    max_steps: int = 19073  # steps; x 524,288 tokens: 10.0B, each token of FineWeb sample-10BT at most once
+    warmup_steps: int = 715  # steps of linear warm-up, 375M tokens as GPT-3
+    learning_rate: float = 6e-4  # peak, GPT-3 table 2.1
+    min_lr_ratio: float = 0.1  # the cosine ends at this part of the peak
+    weight_decay: float = 0.1  # on matrices and embeddings
+    beta1: float = 0.9  # AdamW
+    beta2: float = 0.95  # AdamW
+    grad_clip: float = 1.0  # global gradient norm
+    seed: int = 1337  # of initialisation and samples
+    eval_interval: int = 250  # steps between evaluations: validation loss and HellaSwag; 0: never
+    val_tokens: int = 10485760  # validation tokens, from the start of the validation shard
+    hella_limit: int = 10042  # HellaSwag items to score; 0: none
+    checkpoint_interval: int = 1000  # steps between checkpoints; 0: only the last
+    sample_interval: int = 1000  # steps between text samples on the console; 0: never
+    data_dir: str = "fineweb10B"  # folder of token shards
+    log_dir: str = "log/gemma"  # folder of this run: log, checkpoints
+    hellaswag_file: str = "hellaswag_val.jsonl"  # validation items; the default is downloaded when missing
+    resume: str = ""  # checkpoint to go on from; auto: the newest in log_dir
+    device: str = default_device()  # cuda, mps or cpu
+    compile: bool = torch.cuda.is_available()  # torch.compile the model
+    optimizer: str = "adamw"  # adamw, or muon for the matrices inside the blocks
+    tiny: bool = False  # a small model on built-in text: about a minute on a CPU
+
+    def __post_init__(self):
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise ValueError(f"--head_dim={self.head_dim} is not even")
+        if self.n_kv_head < 1 or self.n_head % self.n_kv_head:
+            raise ValueError(f"--n_head={self.n_head} is not a multiple of --n_kv_head={self.n_kv_head}")
+        if self.window < 1 or self.window_pattern < 1:
+            raise ValueError(f"--window={self.window} --window_pattern={self.window_pattern}: both at least 1")
+
+    def is_local(self, layer):
+        return (layer + 1) % self.window_pattern != 0
+
+
+TINY = dict(block_size=64, vocab_size=256, n_layer=4, n_head=4, n_kv_head=2, head_dim=32, n_embd=128, ffn_dim=384,
+            window=16, window_pattern=2, log_dir="log/gemma-tiny")
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * (1 + w), all in fp32, then rounded to the precision of x (Google's gemma/gm/nn/_layers.py)."""
+
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x):
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return (y * (1 + self.weight)).type_as(x)
+
+
+def rope_table(block_size, dim, theta):
+    """Cosine and sine of position * theta^(-2 i / dim): (2, block_size, dim / 2)."""
+    angles = torch.outer(torch.arange(block_size), theta ** -(torch.arange(0, dim, 2) / dim))
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def rotate(x, rope):
+    """Turn each pair (x_i, x_{i + D/2}) by its angle: x (B, H, T, D), rope (2, T, D/2)."""
+    cos, sin = rope
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).type_as(x)
+
+
+def window_block_mask(T, window, device):
+    """For flex_attention: which blocks of 128 x 128 scores the window touches, and the rule inside them."""
+    return create_block_mask(lambda b, h, i, j: (j <= i) & (i - j < window), None, None, T, T, device=device)
+
+
+def sliding_window_attention(q, k, v, window, block_mask=None):
+    """Position i attends to i - window + 1 ... i, as in Google's and Hugging Face's code: q (B, H, T, D), k and v
+    (B, H_kv, T, D) -> (B, H, T, D).
+    With a block_mask by flex_attention, which skips what lies outside the window, but needs a compiled model and, for
+    gradients, CUDA. Else in blocks of `window` queries, each against its own keys and those of the block before:
+    2 window scores a query instead of T, on every device."""
+    B, _, T, _ = q.shape
+    if block_mask is not None:
+        return flex_attention(q, k, v, block_mask=block_mask, enable_gqa=True)
+    first = F.scaled_dot_product_attention(  # nothing before it
+        q[:, :, :window], k[:, :, :window], v[:, :, :window], is_causal=True, enable_gqa=True)
+    if T <= window:
+        return first
+    n = -(-T // window) - 1  # blocks after the first
+
+    def blocks(x, start, size):  # (B, H, T, D) -> (B * n, H, size, D): from `start` on, every `window` positions
+        x = F.pad(x[:, :, start:], (0, 0, 0, (n + 1) * window - T))
+        return x.unfold(2, size, window).permute(0, 2, 1, 4, 3).flatten(0, 1)
+
+    band = torch.ones(window, 2 * window, dtype=torch.bool, device=q.device).triu(1).tril(window)
+    y = F.scaled_dot_product_attention(
+        blocks(q, window, window), blocks(k, 0, 2 * window), blocks(v, 0, 2 * window), attn_mask=band, enable_gqa=True)
+    return torch.cat([first, y.unflatten(0, (B, n)).transpose(1, 2).flatten(2, 3)], dim=2)[:, :, :T]
+
+
+class Attention(nn.Module):
+    def __init__(self, cfg, local):
+        super().__init__()
+        self.head_dim, self.window = cfg.head_dim, cfg.window if local else None
+        self.q_proj = nn.Linear(cfg.n_embd, cfg.n_head * cfg.head_dim, bias=False)
+        self.k_proj = nn.Linear(cfg.n_embd, cfg.n_kv_head * cfg.head_dim, bias=False)
+        self.v_proj = nn.Linear(cfg.n_embd, cfg.n_kv_head * cfg.head_dim, bias=False)
+        self.o_proj = nn.Linear(cfg.n_head * cfg.head_dim, cfg.n_embd, bias=False)
+        self.q_norm = RMSNorm(cfg.head_dim, cfg.norm_eps)  # shared by all heads
+        self.k_norm = RMSNorm(cfg.head_dim, cfg.norm_eps)
+
+    def forward(self, x, rope, block_mask):
+        B, T, _ = x.shape
+        q, k, v = (proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_head or n_kv_head, T, head_dim)
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)
+        if self.window:
+            y = sliding_window_attention(q, k, v, self.window, block_mask)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.gate_proj = nn.Linear(cfg.n_embd, cfg.ffn_dim, bias=False)
+        self.up_proj = nn.Linear(cfg.n_embd, cfg.ffn_dim, bias=False)
+        self.down_proj = nn.Linear(cfg.ffn_dim, cfg.n_embd, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, cfg, local):
+        super().__init__()
+        self.local = local
+        self.input_layernorm = RMSNorm(cfg.n_embd, cfg.norm_eps)
+        self.self_attn = Attention(cfg, local)
+        self.post_attention_layernorm = RMSNorm(cfg.n_embd, cfg.norm_eps)
+        self.pre_feedforward_layernorm = RMSNorm(cfg.n_embd, cfg.norm_eps)
+        self.mlp = MLP(cfg)
+        self.post_feedforward_layernorm = RMSNorm(cfg.n_embd, cfg.norm_eps)
+
+    def forward(self, x, rope, block_mask):
+        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), rope, block_mask))
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+
+
+class Model(nn.Module):
+    """Parameters carry the names of Hugging Face's Gemma 3."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.model = nn.ModuleDict(dict(
+            embed_tokens=nn.Embedding(cfg.vocab_size, cfg.n_embd),
+            layers=nn.ModuleList(Block(cfg, cfg.is_local(i)) for i in range(cfg.n_layer)),
+            norm=RMSNorm(cfg.n_embd, cfg.norm_eps)))
+        self.lm_head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
+        self.lm_head.weight = self.model.embed_tokens.weight
+        for name, theta in ("rope_local", cfg.rope_theta_local), ("rope_global", cfg.rope_theta):
+            self.register_buffer(name, rope_table(cfg.block_size, cfg.head_dim, theta), persistent=False)
+        self.block_mask = None  # for local layers and rows of block_size, once compiled on CUDA
+        for p in self.parameters():
+            if p.dim() == 2:  # the report gives no initialisation: GPT-2's, but for residual projections, whose scale
+                nn.init.normal_(p, std=0.02)  # the norm behind them takes away
+
+    def compile(self, **options):
+        """nn.Module.compile; on CUDA the rows of a training step go to flex_attention from now on."""
+        if self.lm_head.weight.is_cuda:
+            self.block_mask = window_block_mask(self.cfg.block_size, self.cfg.window, self.lm_head.weight.device)
+        super().compile(**options)
+
+    def hidden(self, idx):
+        """idx int64 (B, T) -> (B, T, C): what lm_head turns into logits."""
+        x = self.model.embed_tokens(idx) * math.sqrt(self.cfg.n_embd)
+        if torch.is_autocast_enabled(idx.device.type):  # bf16 residual stream: half the memory traffic between products
+            x = x.to(torch.get_autocast_dtype(idx.device.type))
+        T = idx.size(1)
+        block_mask = self.block_mask if T == self.cfg.block_size else None
+        for block in self.model.layers:
+            x = block(x, (self.rope_local if block.local else self.rope_global)[:, :T], block_mask)
+        return self.model.norm(x)
+
+    def forward(self, idx, targets=None):
+        """idx, targets int64 (B, T), targets of -1 do not count -> (logits (B, T, vocab_size), None) or (None, loss)"""
+        logits = self.lm_head(self.hidden(idx)).float()
+        if targets is None:
+            return logits, None
+        return None, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    def num_params(self):
+        total = sum(p.numel() for p in self.parameters())
+        return {"total": total, "active": total, "non_embedding": total - self.lm_head.weight.numel()}
+
+    def flops_per_token(self):
+        """Forward and backward: 6 N + 12 d W a layer, N all that enters a matrix product, d the width of all heads,
+        W what the layer sees."""
+        cfg = self.cfg
+        seen = sum(min(cfg.window, cfg.block_size) if cfg.is_local(i) else cfg.block_size for i in range(cfg.n_layer))
+        return 6 * self.num_params()["total"] + 12 * cfg.n_head * cfg.head_dim * seen
+
+    def configure_optimizers(self, cfg, device_type):
+        """AdamW that decays matrices and the embedding, not norms; fused into one kernel. With optimizer=muon the
+        matrices inside the blocks go to Muon (Jordan et al. 2024), its step scaled to AdamW's (arXiv 2502.16982)."""
+        blocks = [p for p in self.model.layers.parameters() if p.dim() == 2]
+        embeddings = [self.model.embed_tokens.weight]
+        vectors = [p for p in self.parameters() if p.dim() < 2]
+        muon = cfg.optimizer == "muon"
+        adamw = torch.optim.AdamW(
+            [{"params": embeddings if muon else embeddings + blocks, "weight_decay": cfg.weight_decay},
+             {"params": vectors, "weight_decay": 0.0}],
+            lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), eps=1e-8, fused=device_type in ("cuda", "cpu"))
+        if not muon:
+            return adamw
+        return Optimizers([adamw, torch.optim.Muon(blocks, lr=cfg.learning_rate, weight_decay=cfg.weight_decay,
+                                                   adjust_lr_fn="match_rms_adamw")])
+
+
+def to_hf(model):
+    """The same weights as a transformers Gemma3ForCausalLM."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+    cfg = model.cfg
+    eot = 50256 if cfg.vocab_size > 50256 else 0
+    hf = Gemma3ForCausalLM(Gemma3TextConfig(
+        vocab_size=cfg.vocab_size, max_position_embeddings=cfg.block_size, hidden_size=cfg.n_embd,
+        intermediate_size=cfg.ffn_dim, num_hidden_layers=cfg.n_layer, num_attention_heads=cfg.n_head,
+        num_key_value_heads=cfg.n_kv_head, head_dim=cfg.head_dim, query_pre_attn_scalar=cfg.head_dim,
+        sliding_window=cfg.window, sliding_window_pattern=cfg.window_pattern,
+        rms_norm_eps=cfg.norm_eps, tie_word_embeddings=True,
+        rope_parameters={"sliding_attention": {"rope_type": "default", "rope_theta": cfg.rope_theta_local},
+                         "full_attention": {"rope_type": "default", "rope_theta": cfg.rope_theta}},
+        bos_token_id=eot, eos_token_id=eot, pad_token_id=None))
+    hf.load_state_dict(model.state_dict())
+    return hf
+
+
+@one_line_errors()
+def main():
+    # ==== training loop: identical in every train_*.py ====
+    cfg, mode = parse_args(Config, TINY)
+    if mode.sample is not None or mode.export is not None:
+        return use_checkpoint(cfg, mode, ARCH, Config, Model, to_hf)
+    world = init_world(cfg)
+    accumulation = accumulation_steps(cfg, world)
+    train_loader, val_loader = (DataLoader(cfg, split, world, mode.bench) for split in ("train", "val"))
+    tokenizer = get_tokenizer(cfg.vocab_size) if cfg.hella_limit or cfg.sample_interval else None
+    hellaswag = load_hellaswag(cfg, world, tokenizer)
+    raw_model = Model(cfg).to(world.device)
+    optimizer = raw_model.configure_optimizers(cfg, world.device.type)
+    run = Run(cfg, ARCH, world, raw_model, optimizer, mode.bench)
+    if cfg.compile:
+        torch._dynamo.config.optimize_ddp = False  # else DDP cuts the graph at every bucket, and fusions with it
+        raw_model.compile(dynamic=False, fullgraph=True)
+    model = raw_model
+    if world.size > 1:
+        model = DDP(raw_model, device_ids=None if world.device.type == "cpu" else [world.device],
+                    gradient_as_bucket_view=True, bucket_cap_mb=100, broadcast_buffers=False)
+    batches = train_loader.train_batches(run.start_step, accumulation)
+
+    for step in range(run.start_step, cfg.max_steps + 1):  # `step` updates have been made
+        last_step = step == cfg.max_steps or run.stopping
+        if cfg.eval_interval and (step % cfg.eval_interval == 0 or last_step) and not run.stopping:  # else when resumed
+            run.flush()
+            raw_model.eval()
+            val_loss = torch.zeros((), device=world.device)
+            with torch.no_grad(), world.autocast():
+                for x, y, rows in val_loader.val_batches():
+                    val_loss += raw_model(x, y)[1] * rows / val_loader.val_rows
+            run.val(step, world.sum(val_loss).item())
+            if hellaswag:
+                run.hella(step, hellaswag.score(raw_model)[1])
+            raw_model.train()
+        if tokenizer and cfg.sample_interval and step and step % cfg.sample_interval == 0:
+            run.sample(step, tokenizer)
+        if last_step or (cfg.checkpoint_interval and step > run.start_step and step % cfg.checkpoint_interval == 0):
+            run.save(step)
+        if last_step:
+            break
+
+        lr = cosine_lr(cfg, step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)  # some papers give a group its own pace
+        train_loss = torch.zeros((), device=world.device)
+        for micro_step in range(accumulation):
+            x, y, _ = next(batches)
+            if world.size > 1:  # average the gradients over processes once a step; DDP reads this in its forward
+                model.require_backward_grad_sync = micro_step == accumulation - 1
+            with world.autocast():
+                loss = model(x, y)[1] / accumulation
+            loss.backward()
+            train_loss += loss.detach()
+        norm = nn.utils.clip_grad_norm_(raw_model.parameters(), cfg.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        run.train(step, train_loss, norm, lr)
+    run.close()
+    # ==== end of training loop ====
+
+
+if __name__ == "__main__":
+    main()
