@@ -1,5 +1,5 @@
 """
-Everything that NanoTitan claims, checked on a CPU:   pip install -r requirements.txt pytest transformers && pytest -q
+Everything that NanoTitan claims, checked on a CPU:   pip install -r requirements.txt pytest pytest-xdist transformers && pytest -q -n 2
 
 The references are ones that we did not write (transformers) or plain restatements in the test itself (a naive loader, a
 HellaSwag loop of one item at a time, float64 formulas). Weights are random everywhere: fresh ones, with their zero biases
@@ -708,15 +708,15 @@ def stream_of(name, folder):
 @each_arch
 def test_a_tiny_run_from_the_shell(arch):
     """A short version of the first command in the README, with everything it promises."""
-    result = shell(f"train_{arch}.py", "--tiny", "--max_steps=120", "--eval_interval=60", "--sample_interval=120", "--checkpoint_interval=0")
+    result = shell(f"train_{arch}.py", "--tiny", "--max_steps=60", "--eval_interval=30", "--sample_interval=60", "--checkpoint_interval=0")
     assert result.returncode == 0, result.stderr
     train_loss, val = stream_of("train", f"log/{arch}-tiny"), stream_of("val", f"log/{arch}-tiny")
-    assert len(train_loss) == 120 and abs(train_loss[0] - math.log(256)) < 0.3 and train_loss[-1] < 3.3 and val[2] < val[1] < val[0]
+    assert len(train_loss) == 60 and abs(train_loss[0] - math.log(256)) < 0.3 and train_loss[-1] < 3.3 and val[2] < val[1] < val[0]
     assert all(re.fullmatch(r"\d+ (train|val|lr|norm) \S+", line) for line in log_of(f"log/{arch}-tiny").decode().splitlines())
     for words in "sample: ", f"log: log/{arch}-tiny/log.txt", "checkpoint: ", "next: python ":
         assert words in result.stdout
     run = json.load(open(f"log/{arch}-tiny/run.json"))
-    assert run["arch"] == arch and run["config"]["max_steps"] == 120 and run["params"]["total"] > 0 and run["flops_per_token"] > 0
+    assert run["arch"] == arch and run["config"]["max_steps"] == 60 and run["params"]["total"] > 0 and run["flops_per_token"] > 0
     command = re.search(r"next: python (.*) --sample", result.stdout)[1].split()
     sample = shell(*command, "--sample=The statement", "--seed=1")
     assert sample.returncode == 0 and sample.stdout.startswith("The statement") and len(sample.stdout) > 50
