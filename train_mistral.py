@@ -73,7 +73,6 @@ class Config:
             raise ValueError(f"--n_embd={self.n_embd} is not an even multiple of --n_head={self.n_head}")
         if self.n_kv_head < 1 or self.n_head % self.n_kv_head:
             raise ValueError(f"--n_head={self.n_head} is not a multiple of --n_kv_head={self.n_kv_head}")
-
         if self.window < 1:
             raise ValueError(f"--window={self.window}: a position sees at least itself")
 
