@@ -105,7 +105,7 @@ class RMSNorm(nn.Module):
 
 def rope_table(block_size, dim, theta):
     """Cosine and sine of position * theta^(-2 i / dim): (2, block_size, dim / 2)."""
-    angles = torch.outer(torch.arange(block_size), theta ** -(torch.arange(0, dim, 2) / dim))
+    angles = torch.outer(torch.arange(block_size), 1 / theta ** (torch.arange(0, dim, 2) / dim))
     return torch.stack([angles.cos(), angles.sin()])
 
 
