@@ -215,7 +215,7 @@ class Model(nn.Module):
         if torch.is_autocast_enabled(idx.device.type):  # bf16 residual stream: half the memory traffic between products
             x = x.to(torch.get_autocast_dtype(idx.device.type))
         T = idx.size(1)
-        block_mask = self.block_mask if T == self.cfg.block_size else None
+        block_mask = self.block_mask if T == self.cfg.block_size and torch.compiler.is_compiling() else None
         for block in self.model.layers:
             x = block(x, self.rope[:, :T], block_mask)
         return self.model.norm(x)

@@ -72,7 +72,7 @@ class Config:
             raise ValueError(f"--n_embd={self.n_embd} is not an even multiple of --n_head={self.n_head}")
         if self.n_kv_head < 1 or self.n_head % self.n_kv_head:
             raise ValueError(f"--n_head={self.n_head} is not a multiple of --n_kv_head={self.n_kv_head}")
-        if self.rotary_dim not in range(2, self.head_dim + 1, 2):
+        if self.partial_rotary_factor > 1 or self.rotary_dim < 2 or self.rotary_dim % 2:
             raise ValueError(f"--partial_rotary_factor={self.partial_rotary_factor} of the {self.head_dim} values of a "
                              "head: at most all of them, and an even number from 2 on")
 
