@@ -4,6 +4,7 @@ checkpoints, and the modes --tiny, --sample, --export and --bench. Nothing here 
     model(idx, targets) -> (logits, loss)        model.num_params() -> {"total", "active", "non_embedding"}
     model.hidden(idx) -> (B, T, C)               model.flops_per_token() -> int
     model.lm_head(hidden) -> logits              model.configure_optimizers(cfg, device_type) -> optimizer
+and may offer model.streams() -> {name: scalar tensor}, further streams of the log with a value for each update.
 """
 import argparse
 import contextlib
@@ -102,7 +103,7 @@ def parse_args(Config, tiny):
     if mode.bench:
         given |= dict(max_steps=mode.bench + BENCH_WARMUP, eval_interval=0, hella_limit=0, sample_interval=0)
     counts = ("max_steps", "warmup_steps", "seed", "eval_interval", "hella_limit", "checkpoint_interval", "sample_interval",
-              "bench")  # 0 makes sense
+              "bench", "n_dense_layer")  # 0 makes sense
     for name, value in {**given, "bench": mode.bench}.items():
         least = 0 if isinstance(value, float) or name in counts else 1
         below = 1 if name.startswith("beta") else math.inf if isinstance(value, float) else 2**63
@@ -481,7 +482,9 @@ class Run:
             self.open_log(params)
         for signum in signal.SIGINT, signal.SIGTERM:
             signal.signal(signum, self.interrupt)
-        self.say(f"{arch}: {params['total']:,} parameters, {self.flops / 1e6:.1f} MFLOP a token, {world.size} x {self.device_name}")
+        parts = "".join(f", {n:,} {k}" for k, n in params.items() if k not in ("total", "non_embedding") and n != params["total"])
+        self.say(f"{arch}: {params['total']:,} parameters{parts}, {self.flops / 1e6:.1f} MFLOP a token, {world.size} x "
+                 f"{self.device_name}")
         self.bar = tqdm(initial=self.start_step, total=cfg.max_steps, unit="step", dynamic_ncols=True,
                         disable=world.rank > 0 or not sys.stdout.isatty())
         self.clock = time.perf_counter()
@@ -562,21 +565,22 @@ class Run:
 
     def train(self, step, loss, norm, lr):
         """Report update `step`. Its numbers are read while the next step runs, so that the device never waits."""
-        stats = torch.stack([loss, norm, torch.full_like(loss, self.interrupted)]) / self.world.size
+        more = self.model.streams() if hasattr(self.model, "streams") else {}
+        stats = torch.stack([loss, norm, torch.full_like(loss, self.interrupted), *more.values()]) / self.world.size
         cuda = self.world.device.type == "cuda"
         stats = self.world.sum(stats).to("cpu", non_blocking=cuda)
         copied = torch.cuda.Event() if cuda else None
         if cuda:
             copied.record()
-        self.pending.append((step, lr, stats, copied))
+        self.pending.append((step, lr, list(more), stats, copied))
         if len(self.pending) > cuda:
             self.read()
 
     def read(self):
-        step, lr, stats, copied = self.pending.popleft()
+        step, lr, names, stats, copied = self.pending.popleft()
         if copied:
             copied.synchronize()
-        loss, norm, interrupted = stats.tolist()
+        loss, norm, interrupted, *more = stats.tolist()
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
         if not math.isfinite(loss + norm):
@@ -584,10 +588,12 @@ class Run:
                  f"{self.saved or 'the start'} with a lower --learning_rate or a longer --warmup_steps")
         self.stopping = interrupted > 0  # whichever process was told to stop, all stop at the same step
         self.seconds.append(seconds)
-        for stream, value in ("train", f"{loss:.6f}"), ("lr", f"{lr:.4e}"), ("norm", f"{norm:.4f}"):
+        streams = {"train": f"{loss:.6f}", "lr": f"{lr:.4e}", "norm": f"{norm:.4f}"}
+        streams |= {name: f"{value:.4f}" for name, value in zip(names, more)}
+        for stream, value in streams.items():
             self.log(step, stream, value)
-        self.say(f"step {step:5d}/{self.cfg.max_steps} | loss {loss:.6f} | lr {lr:.4e} | norm {norm:.4f} | "
-                 f"{self.speed(seconds)}")
+        text = " | ".join(f"{'loss' if k == 'train' else k} {v}" for k, v in streams.items())
+        self.say(f"step {step:5d}/{self.cfg.max_steps} | {text} | {self.speed(seconds)}")
         self.bar.update()
 
     def flush(self):

@@ -12,6 +12,7 @@ import gzip
 import hashlib
 import http.server
 import importlib
+import inspect
 import io
 import json
 import lzma
@@ -24,6 +25,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import urllib.parse
@@ -44,11 +46,12 @@ ROOT = os.path.dirname(os.path.abspath(__file__))
 ARCHS = sorted(os.path.basename(p)[6:-3] for p in glob.glob(os.path.join(ROOT, "train_*.py")))
 SCRIPTS = {arch: importlib.import_module(f"train_{arch}") for arch in ARCHS}
 SMALL = dict(n_layer=2, n_head=4, n_kv_head=2, head_dim=24, n_embd=64, ffn_dim=160, block_size=64, vocab_size=512, window=16,
-             window_pattern=2, partial_rotary_factor=0.75)  # of these the ones that a script has make its model small
+             window_pattern=2, partial_rotary_factor=0.75, q_lora_rank=48, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8,
+             v_head_dim=20, moe_ffn_dim=48, n_routed_experts=16, n_activated_experts=4)  # those that a script has make its model small
 MARKERS = "# ==== training loop: identical in every train_*.py ====", "# ==== end of training loop ===="
 each_arch = pytest.mark.parametrize("arch", ARCHS)
 HF = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "phi": "Phi3ForCausalLM",
-      "gemma": "Gemma3ForCausalLM"}
+      "gemma": "Gemma3ForCausalLM", "deepseek": "DeepseekV3ForCausalLM"}
 
 
 def small_config(arch, **options):
@@ -57,12 +60,15 @@ def small_config(arch, **options):
 
 
 def small_model(arch, seed=0, **options):
-    """A small model with every parameter random, so that each matters."""
+    """A small model with every parameter random, so that each matters, and DeepSeek's biases of the choice."""
     torch.manual_seed(seed)
     model = SCRIPTS[arch].Model(small_config(arch, **options)).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(torch.randn_like(p) * (0.5 if p.dim() < 2 else 0.1) + (p.dim() < 2))
+        for name, b in model.named_buffers():
+            if name.endswith("correction_bias"):
+                b.normal_(std=0.2)
     return model
 
 
@@ -138,6 +144,10 @@ QUICK = ["--tiny", "--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=32"
          "--max_steps=8", "--eval_interval=4", "--checkpoint_interval=2", "--val_tokens=2048", "--sample_interval=0"]
 
 
+def quick(arch):
+    return [*QUICK, "--n_dense_layer=0"] if arch == "deepseek" else QUICK
+
+
 # ---- the house -------------------------------------------------------------------------------------------------------
 
 def test_the_training_loop_is_the_same_in_every_script():
@@ -178,11 +188,14 @@ def test_the_imports_point_one_way():
 # ---- architectures ---------------------------------------------------------------------------------------------------
 
 # counted by instantiating the reference implementation at this shape, or by hand for the published small ones
-PARAMS = {"gpt2": 124_475_904, "llama": 123_587_328, "mistral": 123_587_328, "phi": 123_587_328, "gemma": 123_607_296}
+PARAMS = {"gpt2": 124_475_904, "llama": 123_587_328, "mistral": 123_587_328, "phi": 123_587_328, "gemma": 123_607_296,
+          "deepseek": 122_999_040}
 # 6 N + 12 (width of the heads) (what the layers see, summed), N without GPT-2's positions
 FLOPS = {"gpt2": 6 * (124_475_904 - 1024 * 768) + 12 * 768 * 12 * 1024, "llama": 6 * 123_587_328 + 12 * 768 * 12 * 1024,
          "mistral": 6 * 123_587_328 + 12 * 768 * 12 * 256, "phi": 6 * 123_587_328 + 12 * 768 * 12 * 1024,
-         "gemma": 6 * 123_607_296 + 12 * 768 * (10 * 256 + 2 * 1024)}
+         "gemma": 6 * 123_607_296 + 12 * 768 * (10 * 256 + 2 * 1024),
+         # without 6 of 8 experts in 11 layers; the block that predicts the token after the next, likewise, and the head again
+         "deepseek": 6 * (122_999_040 - 66 * 3 * 768 * 256 + 8_212_864 - 6 * 3 * 768 * 256 + 50304 * 768) + 12 * 768 * 13 * 1024}
 
 
 def meta_model(arch, options, monkeypatch):
@@ -195,7 +208,8 @@ def meta_model(arch, options, monkeypatch):
 @each_arch
 def test_parameters_and_flops(arch, monkeypatch):
     model = meta_model(arch, [], monkeypatch)
-    assert model.num_params()["total"] == PARAMS[arch] == sum(p.numel() for p in set(model.parameters())) <= 124.6e6
+    params, numel = model.num_params(), sum(p.numel() for p in set(model.parameters()))
+    assert params["total"] == PARAMS[arch] == numel - params.get("mtp", 0) <= 124.6e6
     assert model.flops_per_token() == FLOPS[arch]
     row = re.search(rf"^\| `train_{arch}.py` \|.*", open(os.path.join(ROOT, "README.md")).read(), re.M)[0]
     assert f"| {PARAMS[arch]:,} | {FLOPS[arch] / 1e6:.0f} M |" in row
@@ -225,7 +239,8 @@ def test_logits_and_gradients_equal_transformers(arch):
     torch.testing.assert_close(loss, reference, atol=1e-5, rtol=0)
     with torch.no_grad():
         for p in model.parameters():
-            p.copy_(p.grad)
+            if p.grad is not None:  # multi-token prediction takes part in training alone
+                p.copy_(p.grad)
     for (name, ours), theirs in zip(SCRIPTS[arch].to_hf(model).named_parameters(), hf.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs.grad, atol=1e-5, rtol=1e-3, msg=lambda m: f"gradient of {name}: {m}")
 
@@ -263,6 +278,26 @@ def method(owner, **wrong):
     return lambda model, script, patch: [patch.setattr(getattr(script, owner), k, v) for k, v in wrong.items()]
 
 
+def edited(script, patch, name, old, new):
+    """Change the text of a method, "Owner.method", in a script."""
+    owner, method = name.split(".")
+    owner = getattr(script, owner)
+    text = inspect.getsource(getattr(owner, method))
+    assert text.count(old) == 1
+    namespace = {}
+    exec(textwrap.dedent(text).replace(old, new), vars(script), namespace)
+    patch.setattr(owner, method, namespace[method])
+
+
+def edit(name, old, new):
+    return lambda model, script, patch: edited(script, patch, name, old, new)
+
+
+def half_split(x, rope):
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * rope[0] - b * rope[1], b * rope[0] + a * rope[1]], -1)
+
+
 def attention(**kw):
     return functional(scaled_dot_product_attention=lambda *args, **given: F.scaled_dot_product_attention(*args, **{**given, **kw}))
 
@@ -288,18 +323,18 @@ def exact_gelu(x, approximate="none"):
 # name: (architectures, a mistake to make in ours). A str is the command line's: other options with the same weights
 MISTAKES = {
     "exact GELU": ("gpt2 gemma", functional(gelu=exact_gelu)),
-    "GELU for SiLU": ("llama mistral phi", functional(silu=exact_gelu)),
+    "GELU for SiLU": ("llama mistral phi deepseek", functional(silu=exact_gelu)),
     "SiLU for GELU": ("gemma", functional(gelu=lambda x, approximate: F.silu(x))),
-    "no mask": ("gpt2 llama phi gemma", attention(is_causal=False)),
-    "query scale": ("gpt2 llama mistral phi gemma", attention(scale=0.2)),
+    "no mask": ("gpt2 llama phi gemma deepseek", attention(is_causal=False)),
+    "query scale": ("gpt2 llama mistral phi gemma", attention(scale=0.2)), "query scale without rope": ("deepseek", attention(scale=0.25)),
     "LayerNorm's eps": ("gpt2", lambda model, *_: [setattr(x, "eps", 1e-3) for x in model.modules() if isinstance(x, torch.nn.LayerNorm)]),
     "eps": ("llama mistral phi", "norm_eps=1e-6"),
-    "eps of LLaMA": ("gemma", "norm_eps=1e-5"),
+    "eps of LLaMA": ("gemma", "norm_eps=1e-5"), "larger eps": ("deepseek", "norm_eps=1e-4"),
     "order of q, k, v": ("gpt2", roll("c_attn.weight", 64)),
     "order of q, k, v in one matrix": ("phi", roll("qkv_proj.weight", 32)),
     "order of gate and up": ("phi", roll("gate_up_proj.weight", 160)),
     "positions by one": ("gpt2", roll("wpe.weight", 1)),
-    "theta": ("llama", "rope_theta=10000"), "theta of LLaMA": ("mistral phi", "rope_theta=500000"),
+    "theta": ("llama", "rope_theta=10000"), "theta of LLaMA": ("mistral phi deepseek", "rope_theta=500000"),
     "local theta": ("gemma", "rope_theta_local=1000000"), "global theta": ("gemma", "rope_theta=10000"),
     "all of the head rotated": ("phi", "partial_rotary_factor=1"),
     "interleaved pairs": ("llama mistral gemma", lambda model, script, patch: patch.setattr(script, "rotate", interleaved)),
@@ -315,6 +350,21 @@ MISTAKES = {
     "norm of queries behind the rotation": ("gemma", lambda model, script, patch: [
         patch.setattr(script, "rotate", lambda x, rope, rotate=script.rotate: model.model.layers[0].self_attn.q_norm(rotate(x, rope))),
         [setattr(b.self_attn, "q_norm", torch.nn.Identity()) for b in model.model.layers]]),
+    "half-split rotation": ("deepseek", lambda model, script, patch: patch.setattr(script, "rotate", half_split)),
+    "rope in front of nope": ("deepseek", edit("Attention.forward", "split([self.nope, self.rope], dim=-1)  #", "split([self.rope, self.nope], dim=-1)[::-1]  #")),
+    "shared key not rotated": ("deepseek", edit("Attention.forward", "rotate(k_rope[:, None], rope)", "k_rope[:, None]")),
+    "query latent not normalised": ("deepseek", edit("Attention.forward", "self.q_a_layernorm(self.q_a_proj(x))", "self.q_a_proj(x)")),
+    "key-value latent not normalised": ("deepseek", edit("Attention.forward", "self.kv_a_layernorm(latent)", "latent")),
+    "order of gate and up in the experts": ("deepseek", lambda model, *_: [p.data.copy_(p.data.roll(48, 1)) for n, p in model.named_parameters() if "experts.gate_up" in n]),
+    "softmax for sigmoid": ("deepseek", edit("Gate.forward", ".sigmoid()", ".softmax(-1)")),
+    "bias in the weights": ("deepseek", edit("Gate.forward", "weight = score.gather", "weight = (score + self.e_score_correction_bias).gather")),
+    "no bias": ("deepseek", edit("Gate.forward", "(score + self.e_score_correction_bias)", "score")),
+    "no groups": ("deepseek", "topk_group=4"), "one group": ("deepseek", "topk_group=1"), "not scaled": ("deepseek", "route_scale=1"),
+    "groups by their best": ("deepseek", edit("Gate.forward", "topk(choice, 2)", "topk(choice, 1)")),
+    "groups without the bias": ("deepseek", edit("Gate.forward", "topk(choice, 2)", "topk(score.unflatten(-1, (cfg.n_group, -1)), 2)")),
+    "weights not normalised": ("deepseek", edit("Gate.forward", " / (weight.sum(-1, keepdim=True) + 1e-20)", "")),
+    "no shared expert": ("deepseek", edit("MoE.forward", " + self.shared_experts(x)", "")),
+    "scaled shared expert": ("deepseek", edit("MoE.forward", "+ self", "+ 1.41 * self")),
     "embedding not scaled": ("gemma", lambda model, script, patch: patch.setattr(script.math, "sqrt", lambda x: 1.0)),
 }
 
@@ -346,14 +396,15 @@ WINDOWED = {"mistral": dict(), "gemma": dict(window_pattern=100)}  # with these 
 def test_attention_reaches_what_it_says(arch, n_layer):
     """By experiment: what a changed token changes. Never the past; everything within reach; nothing beyond the reach of the
     stacked windows."""
-    model, idx = small_model(arch, n_layer=n_layer, **WINDOWED.get(arch, {})), tokens(1, 64)
+    model, idx = small_model(arch, n_layer=n_layer, n_dense_layer=0, **WINDOWED.get(arch, {})), tokens(1, 64)
     reach = n_layer * 15 if arch in WINDOWED else 63
+    same = 2e-6 if arch == "deepseek" else 0  # how an expert's product rounds depends on how many tokens chose it
     logits = model(idx)[0]
     for position in 0, 1, 14, 15, 16, 31, 62, 63:
         changed = idx.clone()
         changed[0, position] = (changed[0, position] + 1) % 512
         moved = (model(changed)[0] - logits)[0].abs().amax(-1)
-        assert (moved[:position] == 0).all() and (moved[position:position + reach + 1] > 0).all(), position
+        assert (moved[:position] <= same).all() and (moved[position:position + reach + 1] > same).all(), position
         assert (moved[position + reach + 1:] == 0).all(), position
     for T in 1, 15, 16, 17, 37:
         torch.testing.assert_close(model(idx[:, :T])[0], logits[:, :T], atol=1e-5, rtol=0)
@@ -416,6 +467,151 @@ def test_the_compiled_window_is_the_same(arch, autocast, monkeypatch):
         assert (ours - theirs).norm() < tolerance * theirs.norm()
 
 
+# ---- DeepSeek's experts and multi-token prediction ----
+
+def reference_moe(moe, x):
+    """Equations 12 to 16 token by token, expert by expert, in float64: (y, chosen experts a token)."""
+    cfg, y, chosen = moe.gate.cfg, [], []
+    w, bias = moe.gate.weight.double(), moe.gate.e_score_correction_bias.double()
+    gate_up, down = moe.experts.gate_up_proj.double(), moe.experts.down_proj.double()
+    def mlp(x, gate, up, down):
+        return down @ (F.silu(gate @ x) * (up @ x))
+    for token in x.flatten(0, 1).double():
+        score = 1 / (1 + torch.exp(-(w @ token)))
+        choice = (score + bias).tolist()
+        size = cfg.n_routed_experts // cfg.n_group
+        groups = [sorted(choice[g * size:(g + 1) * size])[-2:] for g in range(cfg.n_group)]
+        kept = sorted(range(cfg.n_group), key=lambda g: -sum(groups[g]))[:cfg.topk_group]
+        among = [e for e in range(cfg.n_routed_experts) if e // size in kept]
+        best = sorted(among, key=lambda e: -choice[e])[:cfg.n_activated_experts]
+        total = sum(score[e] for e in best)
+        shared = [getattr(moe.shared_experts, f"{n}_proj").weight.double() for n in ("gate", "up", "down")]
+        y.append(mlp(token, *shared) + sum(cfg.route_scale * score[e] / total * mlp(token, *gate_up[e].chunk(2), down[e]) for e in best))
+        chosen.append(best)
+    return torch.stack(y).view(x.shape), chosen
+
+
+ROUTES = {"any": {}, "8 experts, 2 chosen": dict(n_routed_experts=8, n_activated_experts=2), "one group": dict(n_group=1, topk_group=1),
+          "all chosen": dict(n_routed_experts=4, n_activated_experts=4, n_group=1, topk_group=1), "one expert takes all": dict(n_activated_experts=1),
+          "some take none": {}, "one token": {}}
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_experts_equal_a_loop_over_tokens(route):
+    """Values, the choice, and the gradient of the input, of the router and of every expert, used or not."""
+    moe = small_model("deepseek", **ROUTES[route]).model.layers[1].mlp.train()
+    x = torch.randn(*((1, 1) if route == "one token" else (2, 33)), 64, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    if "take" in route:
+        moe.gate.e_score_correction_bias[:1 if route == "one expert takes all" else 8] += 100
+    y, _ = moe(x)
+    expected, chosen = reference_moe(moe, x)
+    counts = torch.tensor(chosen).flatten().bincount(minlength=moe.gate.cfg.n_routed_experts)
+    assert (moe.gate.load == counts).all() and ("take" not in route or (counts == 0).sum() >= 8)
+    torch.testing.assert_close(y, expected.float(), atol=2e-6, rtol=1e-5)
+    inputs = [x, *moe.parameters()]
+    g = torch.randn(y.shape, generator=torch.Generator().manual_seed(2))
+    for ours, theirs in zip(torch.autograd.grad(y, inputs, g), torch.autograd.grad(expected, inputs, g.double())):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+    gate = [z.flatten(0, 1) for z in moe.gate(x)[:2]]
+    torch.testing.assert_close(moe.experts.definition(x.flatten(0, 1), *gate), moe.experts(x.flatten(0, 1), *gate), atol=2e-6, rtol=1e-5)
+
+
+def test_multi_token_prediction_equals_transformers(monkeypatch):
+    from transformers.modeling_layers import MtpModel
+    model, idx = small_model("deepseek"), tokens(2, 64)
+    reference = MtpModel(SCRIPTS["deepseek"].to_hf(model), 1).eval()
+    missing, unexpected = reference.load_state_dict({f"layers.0.{k[4:]}": v for k, v in model.state_dict().items() if k.startswith("mtp.")}, strict=False)
+    assert not unexpected and set(missing) == {"embed_tokens.weight", "shared_head.weight"}  # the model's own
+    hidden, positions = model.hidden(idx), torch.arange(1, 64).expand(2, -1)
+    expected = reference.forward_layer(0, hidden[:, :-1], positions, None, input_ids=idx[:, 1:])
+    ours = lambda: model.mtp(hidden[:, :-1], model.embed(idx[:, 1:]), model.rope[:, :63])[0]
+    torch.testing.assert_close(ours(), expected, atol=1e-4, rtol=0)
+    edited(SCRIPTS["deepseek"], monkeypatch, "MTP.forward", "[self.enorm(embedding), self.hnorm(hidden)]", "[self.hnorm(hidden), self.enorm(embedding)]")
+    assert (ours() - expected).abs().max() > 0.1
+
+
+def test_the_loss_in_training_is_logged_without_its_companions():
+    """The value is the next token's loss; the gradient that of all three, their weights as scheduled, each restated here."""
+    model, idx = small_model("deepseek", max_steps=148, balance_loss_alpha=0.3), tokens(3, 64)
+    x, y = idx[:, :-1], idx[:, 1:]
+    value = model(x, y)[1]
+    assert not any(m.load.any() for m in model.modules() if hasattr(m, "load"))  # eval counts nothing
+    model.train()
+    blocks = [model.model.layers[1], model.mtp.mtp_block]
+    inputs = []
+    handles = [b.mlp.gate.register_forward_pre_hook(lambda m, args: inputs.append(args[0])) for b in blocks]
+    for updates, weight in (0, 0.3), (99, 0.3), (100, 0.1), (148, 0.1):
+        model.updates.fill_(updates)
+        inputs.clear()
+        loss = model(x, y)[1]
+        assert loss == value
+        balance = 0
+        for b, z in zip(blocks, inputs):
+            score = torch.sigmoid(z @ b.mlp.gate.weight.T)
+            for s in score:  # a sequence
+                f = torch.zeros(16)
+                for token in s:
+                    f[token.topk(4).indices] += 16 / (4 * len(s))
+                balance += 0.3 * (f * (s / s.sum(-1, keepdim=True)).mean(0)).sum() / 3
+        hidden = model.hidden(x)
+        ahead = model.lm_head(model.mtp(hidden[:, :-1], model.embed(x[:, 1:]), model.rope[:, :62])[0])
+        expected = F.cross_entropy(model.lm_head(hidden).flatten(0, 1), y.flatten()) + balance + weight * F.cross_entropy(
+            ahead.flatten(0, 1), idx[:, 2:].flatten())
+        for a, b in zip(*(torch.autograd.grad(z, model.parameters(), retain_graph=True) for z in (loss, expected))):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+    for handle in handles:
+        handle.remove()
+    small_model("deepseek", mtp=False).train()(x, y)[1].backward()
+
+
+def test_the_bias_follows_the_load():
+    """By hand: gamma x sign(mean - load) after each update, counted over all micro-steps, 0 at the end of the schedule."""
+    script, cfg = SCRIPTS["deepseek"], small_config("deepseek", n_routed_experts=4, n_activated_experts=1, n_group=1, topk_group=1, max_steps=148)
+    model = script.Model(cfg)
+    optimizer = model.configure_optimizers(cfg, "cpu")
+    gate, ahead = model.model.layers[1].mlp.gate, model.mtp.mtp_block.mlp.gate
+    for updates, load, change, maxvio in (0, [5, 1, 2, 0], [-1, 1, 0, 1], 1.5), (142, [1, 1, 1, 5], [1, 1, 1, -1], 1.5), (143, [0, 8, 0, 0], [0, 0, 0, 0], 3):
+        gate.e_score_correction_bias.zero_()
+        gate.load += torch.tensor(load) - 1.0
+        gate.load += 1  # two micro-steps
+        ahead.load += 2.0
+        model.updates.fill_(updates)
+        optimizer.step()
+        torch.testing.assert_close(gate.e_score_correction_bias, 0.001 * torch.tensor(change, dtype=torch.float32))
+        assert not gate.load.any() and model.updates == updates + 1 and model.streams()["maxvio"] == maxvio
+        assert not ahead.e_score_correction_bias.any()
+    assert not any(p is gate.e_score_correction_bias for g in optimizer.param_groups for p in g["params"])
+
+
+def test_the_bias_balances_a_skewed_router():
+    """Fixed inputs that all prefer the same experts: with gamma the load evens out, without it stays."""
+    for gamma, balanced in (0.01, True), (0.0, False):
+        model = small_model("deepseek", bias_update_speed=gamma, max_steps=10**6, mtp=False).train()
+        moe, x = model.model.layers[1].mlp, torch.randn(8, 64, 64, generator=torch.Generator().manual_seed(3)) + 0.5
+        for _ in range(200):
+            with torch.no_grad():
+                moe.gate(x)
+            model.update_bias()
+        assert (model.maxvio < 0.2) == balanced and (model.maxvio > 1) == (not balanced)
+
+
+def test_grouped_products_compile_to_one_graph():
+    """What CUDA runs, bf16 autocast and grouped products, compiled on a CPU: the eager result within bf16's rounding."""
+    x = torch.randn(2, 40, 64, generator=torch.Generator().manual_seed(1))
+    results = []
+    for compiled in False, True:
+        moe = small_model("deepseek").model.layers[1].mlp.train()
+        moe.gate.e_score_correction_bias[:4] += 100  # twelve experts stay empty
+        if compiled:
+            moe.compile(dynamic=False, fullgraph=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            y, balance_loss = moe(x)
+        results.append([y.float(), moe.gate.load.clone(), *torch.autograd.grad(y.float().square().mean() + balance_loss, moe.parameters())])
+        assert not results[-1][3][4:].any()  # gradients of empty experts are zero, not what was in memory
+    for a, b in zip(*results):
+        assert (a - b).norm() <= 0.02 * a.norm() and torch.isfinite(b).all()
+
+
 @each_arch
 def test_targets_of_minus_one_do_not_count(arch):
     model, idx, targets = small_model(arch), tokens(2, 16), tokens(2, 16, seed=2)
@@ -452,8 +648,8 @@ def test_every_parameter_is_in_one_group_and_learns(arch, optimizer):
 def test_initialisation(arch):
     model = SCRIPTS[arch].Model(small_config(arch, n_layer=8, n_embd=256, ffn_dim=512, n_head=4, block_size=256))
     for name, p in model.state_dict().items():
-        std = 0.02 / 4 if re.search(r"(c_proj|o_proj|down_proj).weight", name) and arch != "gemma" else 0.02
-        if p.dim() == 2:
+        std = 0.006 if arch == "deepseek" else 0.02 / 4 if re.search(r"(c_proj|o_proj|down_proj).weight", name) and arch != "gemma" else 0.02
+        if p.dim() >= 2:
             assert abs(p.std() / std - 1) < 0.03 and abs(p.mean()) < std / 20, name
         else:
             assert (p == (name.endswith("weight") and arch != "gemma")).all(), name
@@ -462,7 +658,11 @@ def test_initialisation(arch):
 BAD_SHAPES = [("gpt2", "--n_head=5", "n_head=5"), ("llama", "--n_head=5", "n_head=5"), ("llama", "--n_kv_head=5", "n_kv_head=5"),
               ("llama", "--n_head=256", "n_head=256"), ("phi", "--n_kv_head=24", "n_kv_head=24"), ("mistral", "--window=0", "window=0"),
               ("phi", "--partial_rotary_factor=1.5", "partial_rotary_factor=1.5"), ("phi", "--partial_rotary_factor=0.05", "64 values"),
-              ("phi", "--partial_rotary_factor=0", "rotary"), ("gemma", "--head_dim=33", "head_dim=33"), ("gemma", "--window_pattern=0", "window_pattern=0")]
+              ("phi", "--partial_rotary_factor=0", "rotary"), ("gemma", "--head_dim=33", "head_dim=33"), ("gemma", "--window_pattern=0", "window_pattern=0"),
+              ("deepseek", "--qk_rope_head_dim=7", "qk_rope_head_dim=7"), ("deepseek", "--moe_ffn_dim=100", "moe_ffn_dim=100"),
+              ("deepseek", "--n_dense_layer=12", "n_dense_layer=12"), ("deepseek", "--n_group=3", "n_group=3"), ("deepseek", "--n_group=8", "n_group=8"),
+              ("deepseek", "--topk_group=5", "topk_group=5"), ("deepseek", "--n_activated_experts=5", "n_activated_experts=5"),
+              ("deepseek", "--block_size=1", "block_size=1")]
 
 
 @pytest.mark.parametrize("arch, option, word", BAD_SHAPES)
@@ -605,7 +805,7 @@ class Reduced:
 def test_hellaswag_equals_one_item_at_a_time(arch, gpt2_bpe, hellaswag_items):
     """Every item of the whole set (some of them for the later architectures), and 100 with other batches and paddings."""
     hellaswag_items = hellaswag_items if arch == "gpt2" else hellaswag_items[::20]
-    model, encode = small_model(arch, n_layer=1, n_embd=32, n_head=2, block_size=192), Reduced(gpt2_bpe)
+    model, encode = small_model(arch, n_layer=1, n_dense_layer=0, n_embd=32, n_head=2, block_size=192), Reduced(gpt2_bpe)
     score = lambda items, tokens=8192, compile=False: hellaswag.HellaSwag(items, encode, 192, tokens, common.World(torch.device("cpu")), compile)
     ours, reference = score(hellaswag_items).score(model), one_at_a_time(model, hellaswag_items, encode.encode_ordinary)
     assert (np.array(ours) != reference).sum() <= 2  # ties in the last bit
@@ -712,7 +912,7 @@ def test_a_tiny_run_from_the_shell(arch):
     assert result.returncode == 0, result.stderr
     train_loss, val = stream_of("train", f"log/{arch}-tiny"), stream_of("val", f"log/{arch}-tiny")
     assert len(train_loss) == 60 and abs(train_loss[0] - math.log(256)) < 0.3 and train_loss[-1] < 3.3 and val[2] < val[1] < val[0]
-    assert all(re.fullmatch(r"\d+ (train|val|lr|norm) \S+", line) for line in log_of(f"log/{arch}-tiny").decode().splitlines())
+    assert all(re.fullmatch(r"\d+ (train|val|lr|norm|maxvio) \S+", line) for line in log_of(f"log/{arch}-tiny").decode().splitlines())
     for words in "sample: ", f"log: log/{arch}-tiny/log.txt", "checkpoint: ", "next: python ":
         assert words in result.stdout
     run = json.load(open(f"log/{arch}-tiny/run.json"))
@@ -723,18 +923,19 @@ def test_a_tiny_run_from_the_shell(arch):
     assert shell(*command, "--sample=The statement", "--seed=1").stdout == sample.stdout
 
 
-def test_resume_is_exact(monkeypatch, capsys):
+@pytest.mark.parametrize("arch", ["gpt2", "deepseek"])
+def test_resume_is_exact(arch, monkeypatch, capsys):
     """Interrupted after any step and resumed, a run ends with the same log and the same weights."""
-    train("gpt2", monkeypatch, *QUICK, "--log_dir=log/whole")
+    train(arch, monkeypatch, *quick(arch), "--log_dir=log/whole")
     whole = common.read_checkpoint("log/whole/model_00008.pt")
     for stop in 2, 6:
-        train("gpt2", monkeypatch, *QUICK, f"--log_dir=log/{stop}")
+        train(arch, monkeypatch, *quick(arch), f"--log_dir=log/{stop}")
         for step in range(stop + 1, 9):
             if os.path.exists(f"log/{stop}/model_{step:05d}.pt"):
                 os.remove(f"log/{stop}/model_{step:05d}.pt")
         with open(f"log/{stop}/log.txt", "a") as f:
             f.write("9 tra")  # torn by a kill
-        train("gpt2", monkeypatch, *QUICK, f"--log_dir=log/{stop}", "--resume=auto")
+        train(arch, monkeypatch, *quick(arch), f"--log_dir=log/{stop}", "--resume=auto")
         assert f"resumed log/{stop}/model_{stop:05d}.pt at step {stop}" in capsys.readouterr().out
         assert log_of(f"log/{stop}") == log_of("log/whole")
         again = common.read_checkpoint(f"log/{stop}/model_00008.pt")
@@ -743,9 +944,9 @@ def test_resume_is_exact(monkeypatch, capsys):
         for i, state in whole["optimizer"]["state"].items():
             assert all(torch.equal(v, again["optimizer"]["state"][i][k]) for k, v in state.items())
     assert not any("_orig_mod" in k or k.startswith("module.") for k in whole["model"])
-    train("gpt2", monkeypatch, *QUICK, "--log_dir=log/whole", "--resume=auto")  # finished: nothing changes
+    train(arch, monkeypatch, *quick(arch), "--log_dir=log/whole", "--resume=auto")  # finished: nothing changes
     assert log_of("log/whole") == log_of("log/6")
-    train("gpt2", monkeypatch, *QUICK, "--log_dir=log/decay", "--resume=log/whole/model_00004.pt", "--weight_decay=9", "--optimizer=adamw")
+    train(arch, monkeypatch, *quick(arch), "--log_dir=log/decay", "--resume=log/whole/model_00004.pt", "--weight_decay=9", "--optimizer=adamw")
     assert "weight_decay 0.1 -> 9.0" in capsys.readouterr().out
     decayed = common.read_checkpoint("log/decay/model_00008.pt")
     assert decayed["optimizer"]["param_groups"][0]["weight_decay"] == 9.0
@@ -790,7 +991,7 @@ def test_interrupted_and_resumed(signum, monkeypatch):
 def test_processes_and_micro_batches_do_not_change_the_result(arch, monkeypatch):
     """1 process x 16 rows, 1 x 2 with accumulation and 2 x 2 with accumulation; resumed with another number of processes."""
     shards("data")
-    script, options = f"train_{arch}.py", [*QUICK, "--data_dir=data", "--hella_limit=0"]
+    script, options = f"train_{arch}.py", [*quick(arch), "--data_dir=data", "--hella_limit=0"]
     train(arch, monkeypatch, *options, "--batch_size=16", "--log_dir=log/a")
     train(arch, monkeypatch, *options, "--batch_size=2", "--log_dir=log/b")
     result = shell(script, *options, "--batch_size=2", "--log_dir=log/c", processes=2)
@@ -802,6 +1003,10 @@ def test_processes_and_micro_batches_do_not_change_the_result(arch, monkeypatch)
         for stream in "train", "val", "norm":
             a, b = stream_of(stream, "log/a"), stream_of(stream, f"log/{other}")
             np.testing.assert_allclose(b, a[-len(b):], rtol=1e-5 if stream == "train" else 1e-4)
+        assert (stream_of("maxvio", "log/a")[-4:] == stream_of("maxvio", f"log/{other}")[-4:]).all()
+        for name, bias in common.read_checkpoint("log/a/model_00008.pt")["model"].items():
+            if name.endswith("correction_bias"):
+                assert bias.any() and torch.equal(bias, common.read_checkpoint(f"log/{other}/model_00008.pt")["model"][name])
 
 
 @each_arch
@@ -813,7 +1018,7 @@ def test_compiled_is_the_same(arch, monkeypatch, gpt2_bpe, hellaswag_items, caps
     os.mkdir("data")
     fineweb.write_shard("data/x_val_000000.bin", data[:2000])
     fineweb.write_shard("data/x_train_000001.bin", data[2000:])
-    options = [*QUICK, "--data_dir=data", "--vocab_size=50304", "--block_size=64", "--hella_limit=8", "--hellaswag_file=h.jsonl",
+    options = [*quick(arch), "--data_dir=data", "--vocab_size=50304", "--block_size=64", "--hella_limit=8", "--hellaswag_file=h.jsonl",
                "--max_steps=4", "--eval_interval=2", "--sample_interval=2"]
     train(arch, monkeypatch, *options, "--log_dir=log/eager")
     train(arch, monkeypatch, *options, "--log_dir=log/compiled", "--compile")
@@ -829,8 +1034,8 @@ def test_compiled_is_the_same(arch, monkeypatch, gpt2_bpe, hellaswag_items, caps
 @each_arch
 def test_export_opens_with_transformers(arch, monkeypatch, capsys):
     from transformers import AutoModelForCausalLM
-    train(arch, monkeypatch, *QUICK)
-    train(arch, monkeypatch, *QUICK, "--export=exported")
+    train(arch, monkeypatch, *quick(arch))
+    train(arch, monkeypatch, *quick(arch), "--export=exported")
     hf = AutoModelForCausalLM.from_pretrained("exported").eval()
     assert type(hf).__name__ == HF[arch]
     script, checkpoint = SCRIPTS[arch], common.read_checkpoint(f"log/{arch}-tiny/model_00008.pt")
@@ -838,9 +1043,9 @@ def test_export_opens_with_transformers(arch, monkeypatch, capsys):
     idx = tokens(2, 32, vocab=256)
     torch.testing.assert_close(hf(idx).logits, model(idx)[0], atol=1e-4, rtol=0)
     assert hf.generate(idx[:1, :5], max_new_tokens=5, do_sample=False).shape == (1, 10)
-    bad(capsys, lambda: train(arch, monkeypatch, *QUICK, "--export=exported"), "not empty")
+    bad(capsys, lambda: train(arch, monkeypatch, *quick(arch), "--export=exported"), "not empty")
     monkeypatch.setitem(sys.modules, "transformers", None)
-    bad(capsys, lambda: train(arch, monkeypatch, *QUICK, "--export=again"), "pip install transformers")
+    bad(capsys, lambda: train(arch, monkeypatch, *quick(arch), "--export=again"), "pip install transformers")
 
 
 def test_hellaswag_from_the_shell(monkeypatch, gpt2_bpe, hellaswag_items):
