@@ -1,10 +1,10 @@
 """
 DeepSeek-V3 (DeepSeek-AI 2024, "DeepSeek-V3 Technical Report", arXiv 2412.19437). What differs from LLaMA 3:
-- multi-head latent attention: queries, and keys with values, pass through narrow latents; positions are rotated in a few
-  dimensions of their own, whose keys all heads share (section 2.1.1)
-- mixture of experts: each token uses 2 of 8 small MLPs, chosen by a sigmoid router, and one that all share; the first layer
-  stays dense (section 2.1.2)
-- balanced by a bias that moves the choice alone, after each update, and by a weak loss per sequence (section 2.1.2)
+- multi-head latent attention: queries, and keys with values, pass through narrow latents; positions are rotated in a
+  few dimensions of their own, whose key all heads share (section 2.1.1)
+- mixture of experts: each token uses 2 of 8 small MLPs, chosen by a sigmoid router, and one that all tokens use; the
+  first layer stays dense (section 2.1.2)
+- balance by a bias that moves the choice alone, after each update, and by a weak loss per sequence (section 2.1.2)
 - multi-token prediction: while training, one more block predicts the token after the next (section 2.2)
 - all weights start at a standard deviation of 0.006 (section 4.2)
 122,999,040 parameters, of which a token uses 84,070,656; 8,212,864 more in the block that is for training alone.
@@ -12,7 +12,7 @@ DeepSeek-V3 (DeepSeek-AI 2024, "DeepSeek-V3 Technical Report", arXiv 2412.19437)
     python train_deepseek.py --tiny                        # no data, no GPU: a minute on a laptop
     python train_deepseek.py                               # one GPU, after python fineweb.py
     torchrun --nproc_per_node=8 train_deepseek.py          # eight GPUs: the same result, sooner
-    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_deepseek.py  # on each node
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_deepseek.py  # each node
     torchrun --nproc_per_node=8 train_deepseek.py --resume=auto
     python train_deepseek.py --sample="Hello, I'm a language model,"
 """
@@ -40,7 +40,7 @@ class Config:
     n_embd: int = 768  # width of the residual stream
     q_lora_rank: int = 384  # width of the latent that queries come from
     kv_lora_rank: int = 256  # of keys and values; 4 heads wide, as in V2 and V3
-    # nope + rope = v, so that flash attention, which wants one width for all three, runs without padding; V3 has 128 + 64, 128
+    # nope + rope = v, since flash attention wants one width for queries, keys and values; V3 has 128 + 64 and 128
     qk_nope_head_dim: int = 40  # dimensions of a query or key without position
     qk_rope_head_dim: int = 24  # and with rotary position
     v_head_dim: int = 64  # dimensions of a value
@@ -94,8 +94,8 @@ class Config:
         if self.n_dense_layer >= self.n_layer:
             raise ValueError(f"--n_dense_layer={self.n_dense_layer} leaves no expert layer of --n_layer={self.n_layer}")
         if self.n_routed_experts % self.n_group or self.n_routed_experts < 2 * self.n_group:
-            raise ValueError(f"--n_routed_experts={self.n_routed_experts} do not make --n_group={self.n_group} equal groups "
-                             "of two or more")
+            raise ValueError(f"--n_routed_experts={self.n_routed_experts} do not make --n_group={self.n_group} groups "
+                             "of two or more each")
         choice = min(self.topk_group, self.n_group) * self.n_routed_experts // self.n_group
         if self.topk_group > self.n_group or self.n_activated_experts > choice:
             raise ValueError(f"--n_activated_experts={self.n_activated_experts} of {choice} experts in "
@@ -105,7 +105,8 @@ class Config:
 
 
 TINY = dict(block_size=64, vocab_size=256, n_layer=4, n_head=4, n_embd=128, q_lora_rank=64, kv_lora_rank=64,
-            qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=32, ffn_dim=384, moe_ffn_dim=64, log_dir="log/deepseek-tiny")
+            qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=32, ffn_dim=384, moe_ffn_dim=64,
+            log_dir="log/deepseek-tiny")
 
 
 class RMSNorm(nn.Module):
@@ -136,7 +137,7 @@ def rotate(x, rope):
 
 
 class Attention(nn.Module):
-    """Multi-head latent attention, equations 1 to 11. Training needs no cache, so the latents are expanded to all heads."""
+    """Multi-head latent attention, equations 1 to 11. In training there is no cache that the latents keep small."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -175,8 +176,8 @@ class MLP(nn.Module):
 
 
 def topk(x, k):
-    """Values and indices of the k largest in the last dimension; of equals the first. torch.compile fuses this sort with
-    what is around it; torch.topk is a kernel that takes rows one by one."""
+    """Values and indices of the k largest in the last dimension; of equals the first. On CUDA torch.compile fuses a
+    short sort with what is around it, but not torch.topk."""
     return (y[..., :k] for y in x.sort(dim=-1, descending=True, stable=True))
 
 
@@ -188,7 +189,7 @@ class Gate(nn.Module):
         self.cfg = cfg
         self.weight = nn.Parameter(torch.empty(cfg.n_routed_experts, cfg.n_embd))
         self.register_buffer("e_score_correction_bias", torch.zeros(cfg.n_routed_experts))
-        self.register_buffer("load", torch.zeros(cfg.n_routed_experts), persistent=False)  # tokens since the last update
+        self.register_buffer("load", torch.zeros(cfg.n_routed_experts), persistent=False)  # tokens since the update
 
     def forward(self, x):
         """x (B, T, C) -> experts int64 (B, T, K), their weights (B, T, K), balance loss"""
@@ -234,11 +235,10 @@ class Permute(torch.autograd.Function):
 
 
 class Experts(nn.Module):
-    """The routed experts. No token is dropped and no shape depends on the choice, so nothing waits for the device.
+    """The routed experts. No token is dropped, and no shape depends on the choice: the host never waits for the device.
 
-    F.grouped_mm takes bf16 on sm90 (H100) in one kernel. On an A100 it runs one product per expert instead, and waits for
-    the sizes of the groups; the result is the same. Inside torch.compile it knows bf16 alone: fp32, which only a CPU meets,
-    then takes the definition."""
+    F.grouped_mm is one kernel for bf16 on sm90 (H100). On an A100 it becomes a product per expert, for whose sizes the
+    host does wait; the result is the same. torch.compile takes it in bf16 alone; in fp32 `definition` stands in."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -300,9 +300,9 @@ class Block(nn.Module):
 
 
 class MTP(nn.Module):
-    """Multi-token prediction of depth 1, equations 21 to 23: from what the model made of tokens up to t and the embedding of
-    t + 1, what the shared head turns into logits of t + 2. The published weights take [embedding; hidden], hidden behind
-    the final norm; the paper's equation has them in the other order."""
+    """Multi-token prediction of depth 1, equations 21 to 23: from what the model made of the tokens up to t and the
+    embedding of t + 1, what the shared head turns into logits of t + 2. The published weights take [embedding; hidden],
+    hidden behind the final norm; the paper's equation has the other order."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -417,16 +417,15 @@ class Model(nn.Module):
         return 6 * N + 6 * layers * width * cfg.block_size
 
     def configure_optimizers(self, cfg, device_type):
-        """AdamW that decays matrices and the embedding, not norms; fused into one kernel. With optimizer=muon the matrices
-        inside the blocks go to Muon (Jordan et al. 2024), its step scaled to AdamW's (arXiv 2502.16982), but not the
-        experts, since torch's Muon takes no stacks of matrices, nor the routers. Its step ends with update_bias."""
-        blocks = [p for name, p in self.named_parameters()
-                  if p.dim() == 2 and "embed_tokens" not in name and "gate.weight" not in name]
+        """AdamW that decays matrices and the embedding, not norms; fused into one kernel; update_bias ends its step.
+        With optimizer=muon the matrices inside the blocks go to Muon (Jordan et al. 2024), its step scaled to AdamW's
+        (arXiv 2502.16982), but neither routers nor experts: torch's Muon takes no stacks of matrices."""
+        blocks = [m.weight for m in self.modules() if isinstance(m, nn.Linear) and m is not self.lm_head]
+        others = [p for m in self.modules() if isinstance(m, (nn.Embedding, Gate, Experts)) for p in m.parameters()]
         vectors = [p for p in self.parameters() if p.dim() < 2]
         muon = cfg.optimizer == "muon"
-        taken = set(vectors + blocks * muon)
         adamw = torch.optim.AdamW(
-            [{"params": [p for p in self.parameters() if p not in taken], "weight_decay": cfg.weight_decay},
+            [{"params": others if muon else others + blocks, "weight_decay": cfg.weight_decay},
              {"params": vectors, "weight_decay": 0.0}],
             lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), eps=1e-8, fused=device_type in ("cuda", "cpu"))
         adamw.register_step_post_hook(self.update_bias)
