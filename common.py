@@ -106,7 +106,7 @@ def parse_args(Config, tiny):
               "bench", "n_dense_layer")  # 0 makes sense
     for name, value in {**given, "bench": mode.bench}.items():
         least = 0 if isinstance(value, float) or name in counts else 1
-        below = 1 if name.startswith("beta") else math.inf if isinstance(value, float) else 2**63
+        below = 1 if name.startswith("beta") else math.inf if isinstance(value, float) else 2**63 if name == "seed" else 2**40
         if type(value) in (int, float) and not least <= value < below:
             fail(f"--{name}={value} is out of range: at least {least}, less than {below}")
     if given.get("optimizer", "adamw") not in ("adamw", "muon"):

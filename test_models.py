@@ -166,7 +166,8 @@ def test_the_training_options_are_the_same_in_every_script():
     for arch in ARCHS:
         names = [(f.name, f.default) for f in fields(SCRIPTS[arch].Config)]
         start = [n for n, _ in names].index("total_batch_size")
-        blocks[arch] = [(n, d) for n, d in names[start:] if n != "log_dir"]
+        own = {"deepseek": ["bias_update_speed", "balance_loss_alpha", "mtp_loss_weight"]}.get(arch, [])
+        blocks[arch] = [(n, d) for n, d in names[start:] if n not in ("log_dir", *own)]
     assert all(block == blocks["gpt2"] for block in blocks.values())
 
 
@@ -329,7 +330,7 @@ MISTAKES = {
     "query scale": ("gpt2 llama mistral phi gemma", attention(scale=0.2)), "query scale without rope": ("deepseek", attention(scale=0.25)),
     "LayerNorm's eps": ("gpt2", lambda model, *_: [setattr(x, "eps", 1e-3) for x in model.modules() if isinstance(x, torch.nn.LayerNorm)]),
     "eps": ("llama mistral phi", "norm_eps=1e-6"),
-    "eps of LLaMA": ("gemma", "norm_eps=1e-5"), "larger eps": ("deepseek", "norm_eps=1e-4"),
+    "eps of LLaMA": ("gemma", "norm_eps=1e-5"), "larger eps": ("deepseek", lambda model, *_: [setattr(x, "eps", 1e-4) for x in model.modules() if hasattr(x, "eps")]),
     "order of q, k, v": ("gpt2", roll("c_attn.weight", 64)),
     "order of q, k, v in one matrix": ("phi", roll("qkv_proj.weight", 32)),
     "order of gate and up": ("phi", roll("gate_up_proj.weight", 160)),
@@ -619,6 +620,16 @@ def test_targets_of_minus_one_do_not_count(arch):
     logp = model(idx)[0].log_softmax(-1)
     expected = -torch.cat([logp[0, range(5), targets[0, :5]], logp[1, range(16), targets[1]]]).mean()
     torch.testing.assert_close(model(idx, targets)[1], expected)
+
+
+@each_arch
+def test_the_residual_stream_is_bf16_under_autocast(arch):
+    model, seen = small_model(arch, n_layer=3).train(), []
+    for block in [m for name, m in model.named_modules() if re.fullmatch(r"(transformer\.h|model\.layers|blocks)\.\d+|mtp\.mtp_block", name)]:
+        block.register_forward_hook(lambda block, args, y: seen.append((y[0] if isinstance(y, tuple) else y).dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(tokens(2, 32), tokens(2, 32))
+    assert seen == [torch.bfloat16] * (4 if arch == "deepseek" else 3)
 
 
 @each_arch
@@ -1092,7 +1103,7 @@ def test_samples_never_contain_padding():
     ("--n_layers=3", "--n_layer"), ("--learn_rate=1", "--learning_rate"), ("--zzz", "--help"), ("stray", "stray"),
     ("--n_layer=two", "--n_layer"), ("--n_layer=0", "n_layer=0"), ("--batch_size=-4", "batch_size=-4"), ("--learning_rate=nan", "learning_rate"),
     ("--compile=maybe", "--compile"), ("--optimizer=sgd", "muon"), ("--device=tpu9", "--device=tpu9"), ("--n_head=5", "n_head=5"),
-    ("--bench=-1", "bench"), ("--bench=1 --sample=x", "one at a time"), ("--beta1=1", "beta1"), ("--seed=18446744073709551616", "seed"), ("--sample=x", "no checkpoint"), ("--export=x", "no checkpoint"), ("--resume=x.pt", "x.pt"), ("--data_dir=nowhere", "nowhere")])
+    ("--bench=-1", "bench"), ("--bench=1 --sample=x", "one at a time"), ("--beta1=1", "beta1"), ("--seed=18446744073709551616", "seed"), ("--n_embd=9223372036854775800", "n_embd"), ("--sample=x", "no checkpoint"), ("--export=x", "no checkpoint"), ("--resume=x.pt", "x.pt"), ("--data_dir=nowhere", "nowhere")])
 def test_bad_options(option, words, monkeypatch, capsys):
     bad(capsys, lambda: train("gpt2", monkeypatch, *QUICK, *option.split()), words)
     assert not os.path.exists("log")

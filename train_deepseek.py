@@ -45,7 +45,6 @@ class Config:
     qk_rope_head_dim: int = 24  # and with rotary position
     v_head_dim: int = 64  # dimensions of a value
     rope_theta: float = 10000.0  # base of the rotary wavelengths
-    norm_eps: float = 1e-6  # of RMSNorm
     init_std: float = 0.006  # standard deviation of all weights at the start, whatever the width
     n_dense_layer: int = 1  # the first blocks have one MLP instead of experts
     ffn_dim: int = 2304  # hidden width of that MLP; 9 experts wide, as in V3
@@ -55,11 +54,8 @@ class Config:
     n_shared_experts: int = 1  # and experts that every token uses
     n_group: int = 4  # groups of experts; V3 has 8, one a node
     topk_group: int = 2  # groups that a token's experts may come from; half of them, as in V3
-    route_scale: float = 1.41  # of the experts' weights: about 1 / their norm at the start, the rule behind V3's 2.5
-    bias_update_speed: float = 0.001  # gamma; 0 for the last 3.4% of the steps
-    balance_loss_alpha: float = 0.0001  # weight of the sequence-wise balance loss
+    route_scale: float = 1.41  # of the experts' weights: about 1 / their norm at the start; V3 has 2.5 for its 8
     mtp: bool = True  # train with multi-token prediction
-    mtp_loss_weight: float = 0.3  # lambda; a third of it after 67.6% of the steps
     # training
     total_batch_size: int = 524288  # tokens per step
     batch_size: int = 64  # sequences per device and micro-step: lower it when memory runs out, the result is the same
@@ -71,6 +67,9 @@ class Config:
     beta1: float = 0.9  # AdamW
     beta2: float = 0.95  # AdamW
     grad_clip: float = 1.0  # global gradient norm
+    bias_update_speed: float = 0.001  # gamma, by which experts' biases move; 0 for the last 3.4% of the steps
+    balance_loss_alpha: float = 0.0001  # weight of the sequence-wise balance loss
+    mtp_loss_weight: float = 0.3  # lambda of multi-token prediction; a third of it after 67.6% of the steps
     seed: int = 1337  # of initialisation and samples
     eval_interval: int = 250  # steps between evaluations: validation loss and HellaSwag; 0: never
     val_tokens: int = 10485760  # validation tokens, from the start of the validation shard
@@ -96,7 +95,7 @@ class Config:
         if self.n_routed_experts % self.n_group or self.n_routed_experts < 2 * self.n_group:
             raise ValueError(f"--n_routed_experts={self.n_routed_experts} do not make --n_group={self.n_group} groups "
                              "of two or more each")
-        choice = min(self.topk_group, self.n_group) * self.n_routed_experts // self.n_group
+        choice = self.topk_group * self.n_routed_experts // self.n_group
         if self.topk_group > self.n_group or self.n_activated_experts > choice:
             raise ValueError(f"--n_activated_experts={self.n_activated_experts} of {choice} experts in "
                              f"--topk_group={self.topk_group} of {self.n_group} groups")
@@ -112,7 +111,7 @@ TINY = dict(block_size=64, vocab_size=256, n_layer=4, n_head=4, n_embd=128, q_lo
 class RMSNorm(nn.Module):
     """x / rms(x) in fp32, rounded to the precision of x, then times the weight (RMSNorm in the paper's model.py)."""
 
-    def __init__(self, dim, eps):
+    def __init__(self, dim, eps=1e-6):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
@@ -144,10 +143,10 @@ class Attention(nn.Module):
         self.n_head, self.rank = cfg.n_head, cfg.kv_lora_rank
         self.nope, self.rope, self.v = cfg.qk_nope_head_dim, cfg.qk_rope_head_dim, cfg.v_head_dim
         self.q_a_proj = nn.Linear(cfg.n_embd, cfg.q_lora_rank, bias=False)
-        self.q_a_layernorm = RMSNorm(cfg.q_lora_rank, cfg.norm_eps)
+        self.q_a_layernorm = RMSNorm(cfg.q_lora_rank)
         self.q_b_proj = nn.Linear(cfg.q_lora_rank, cfg.n_head * (self.nope + self.rope), bias=False)
         self.kv_a_proj_with_mqa = nn.Linear(cfg.n_embd, cfg.kv_lora_rank + self.rope, bias=False)
-        self.kv_a_layernorm = RMSNorm(cfg.kv_lora_rank, cfg.norm_eps)
+        self.kv_a_layernorm = RMSNorm(cfg.kv_lora_rank)
         self.kv_b_proj = nn.Linear(cfg.kv_lora_rank, cfg.n_head * (self.nope + self.v), bias=False)
         self.o_proj = nn.Linear(cfg.n_head * self.v, cfg.n_embd, bias=False)
 
@@ -235,10 +234,11 @@ class Permute(torch.autograd.Function):
 
 
 class Experts(nn.Module):
-    """The routed experts. No token is dropped, and no shape depends on the choice: the host never waits for the device.
+    """The routed experts. No token is dropped, and no shape depends on the choice.
 
-    F.grouped_mm is one kernel for bf16 on sm90 (H100). On an A100 it becomes a product per expert, for whose sizes the
-    host does wait; the result is the same. torch.compile takes it in bf16 alone; in fp32 `definition` stands in."""
+    F.grouped_mm is one kernel for bf16 on sm90 (H100), and the host never waits for the device. On an A100 it becomes a
+    product per expert, for whose sizes the host does wait; the result is the same. torch.compile takes it in bf16 alone:
+    in fp32 `definition` stands in."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -260,7 +260,7 @@ class Experts(nn.Module):
         gate, up = F.grouped_mm(rows, gate_up_proj.transpose(1, 2), offs=ends).chunk(2, dim=-1)
         rows = F.grouped_mm(F.silu(gate) * up, down_proj.transpose(1, 2), offs=ends)
         y = Permute.apply(rows, inverse, order).view(N, K, -1)
-        return (y * weight[..., None]).sum(1)
+        return (y * weight[..., None]).sum(1).to(dtype)
 
     def definition(self, x, expert, weight):
         """The same by computing every expert for every token: equation 12."""
@@ -286,9 +286,9 @@ class Block(nn.Module):
     def __init__(self, cfg, dense):
         super().__init__()
         self.dense = dense
-        self.input_layernorm = RMSNorm(cfg.n_embd, cfg.norm_eps)
+        self.input_layernorm = RMSNorm(cfg.n_embd)
         self.self_attn = Attention(cfg)
-        self.post_attention_layernorm = RMSNorm(cfg.n_embd, cfg.norm_eps)
+        self.post_attention_layernorm = RMSNorm(cfg.n_embd)
         self.mlp = MLP(cfg, cfg.ffn_dim) if dense else MoE(cfg)
 
     def forward(self, x, rope):
@@ -306,11 +306,11 @@ class MTP(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.enorm = RMSNorm(cfg.n_embd, cfg.norm_eps)
-        self.hnorm = RMSNorm(cfg.n_embd, cfg.norm_eps)
+        self.enorm = RMSNorm(cfg.n_embd)
+        self.hnorm = RMSNorm(cfg.n_embd)
         self.eh_proj = nn.Linear(2 * cfg.n_embd, cfg.n_embd, bias=False)
         self.mtp_block = Block(cfg, dense=False)
-        self.post_norm = RMSNorm(cfg.n_embd, cfg.norm_eps)
+        self.post_norm = RMSNorm(cfg.n_embd)
 
     def forward(self, hidden, embedding, rope):
         x = self.eh_proj(torch.cat([self.enorm(embedding), self.hnorm(hidden)], dim=-1))
@@ -327,7 +327,7 @@ class Model(nn.Module):
         self.model = nn.ModuleDict(dict(
             embed_tokens=nn.Embedding(cfg.vocab_size, cfg.n_embd),
             layers=nn.ModuleList(Block(cfg, dense=i < cfg.n_dense_layer) for i in range(cfg.n_layer)),
-            norm=RMSNorm(cfg.n_embd, cfg.norm_eps)))
+            norm=RMSNorm(cfg.n_embd)))
         self.lm_head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         self.lm_head.weight = self.model.embed_tokens.weight
         self.mtp = MTP(cfg) if cfg.mtp else None
@@ -448,7 +448,7 @@ def to_hf(model):
         topk_group=cfg.topk_group, routed_scaling_factor=cfg.route_scale, norm_topk_prob=True,
         first_k_dense_replace=cfg.n_dense_layer, q_lora_rank=cfg.q_lora_rank, kv_lora_rank=cfg.kv_lora_rank,
         qk_nope_head_dim=cfg.qk_nope_head_dim, qk_rope_head_dim=cfg.qk_rope_head_dim, v_head_dim=cfg.v_head_dim,
-        rms_norm_eps=cfg.norm_eps, initializer_range=cfg.init_std, tie_word_embeddings=True, rope_interleave=True,
+        rms_norm_eps=1e-6, initializer_range=cfg.init_std, tie_word_embeddings=True, rope_interleave=True,
         rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_theta}, num_mtp_layers=0,
         bos_token_id=eot, eos_token_id=eot, pad_token_id=None))
     hf.load_state_dict({name: x for name, x in model.state_dict().items() if not name.startswith(("mtp.", "updates"))})
