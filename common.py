@@ -4,7 +4,8 @@ checkpoints, and the modes --tiny, --sample, --export and --bench. Nothing here 
     model(idx, targets) -> (logits, loss)        model.num_params() -> {"total", "active", "non_embedding"}
     model.hidden(idx) -> (B, T, C)               model.flops_per_token() -> int
     model.lm_head(hidden) -> logits              model.configure_optimizers(cfg, device_type) -> optimizer
-and may offer model.streams() -> {name: scalar tensor}, further streams of the log with a value for each update.
+and may offer model.streams() -> {name: scalar tensor}, further streams of the log with a value for each update, and
+model.new_state(batch_size), which model.hidden(idx, state) then takes to go on from what it has read.
 """
 import argparse
 import contextlib
@@ -343,9 +344,11 @@ def generate(model, tokenizer, prompt, block_size, device, seed, new_tokens=100,
     if len(ids) > block_size:
         fail(f"the prompt has {len(ids)} tokens, the context of this model {block_size}")
     rng = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for _ in range(new_tokens):
-            hidden = model.hidden(torch.tensor([ids[-block_size:]], device=device))
+    state = [model.new_state(1)] if hasattr(model, "new_state") else []  # a recurrent model reads each token once
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        for i in range(new_tokens):
+            window = ids[-1:] if i and state else ids[-block_size:]
+            hidden = model.hidden(torch.tensor([window], device=device), *state)
             logits = model.lm_head(hidden[:, -1]).float().cpu()[0, :tokenizer.n_vocab]
             values, choices = logits.topk(min(top_k, len(logits)))
             ids.append(choices[torch.multinomial(values.softmax(-1), 1, generator=rng)].item())
@@ -450,9 +453,14 @@ def use_checkpoint(cfg, mode, arch, Config, Model, to_hf):
         if os.path.exists(mode.export) and os.listdir(mode.export):
             fail(f"--export={mode.export}: this folder is not empty")
         try:
-            to_hf(model.cpu()).save_pretrained(mode.export)
+            exported = to_hf(model.cpu())
         except ImportError:
             fail("--export needs transformers: pip install transformers")
+        if isinstance(exported, dict):
+            os.makedirs(mode.export, exist_ok=True)
+            torch.save(exported, os.path.join(mode.export, "model.pth"))
+        else:
+            exported.save_pretrained(mode.export)
         print(f"wrote {path}, step {checkpoint['step']}, to {mode.export}")
 
 

@@ -1,0 +1,423 @@
+"""
+RWKV-7 "Goose" (Peng et al. 2025, arXiv 2503.14456; code: BlinkDL/RWKV-LM, RWKV-v7/train_temp/src/model.py). A recurrent
+network: what it knows of the past is one matrix a head, whatever the length. What differs from LLaMA 3:
+- time mix instead of attention: a state that decays, forgets what a new key replaces, and learns it (the delta rule)
+- channel mix instead of the MLP: relu(x)^2, no gate; both see a mixture of each token with the one before
+- decay, learning rate, value residual and gate by low-rank matrices; LayerNorms with biases; head and embedding apart
+- its own initialisation, weight decay on matrices alone, AdamW (0.9, 0.99) with eps 1e-18, twice the rate on w0, and a
+  small pull on the largest logit
+122,606,080 parameters: 11 layers of width 640.
+
+    python train_rwkv.py --tiny                            # no data, no GPU: a minute on a laptop
+    python train_rwkv.py                                   # one GPU, after python fineweb.py
+    torchrun --nproc_per_node=8 train_rwkv.py              # eight GPUs: the same result, sooner
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_rwkv.py  # on each node
+    torchrun --nproc_per_node=8 train_rwkv.py --resume=auto
+    python train_rwkv.py --sample="Hello, I'm a language model,"
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.utils.checkpoint import checkpoint
+
+from common import (DataLoader, Optimizers, Run, accumulation_steps, cosine_lr, default_device, get_tokenizer,
+                    init_world, load_hellaswag, one_line_errors, parse_args, use_checkpoint)
+
+ARCH = "rwkv"
+
+
+@dataclass
+class Config:
+    # model
+    block_size: int = 1024  # context length, tokens
+    vocab_size: int = 50304  # GPT-2's 50,257 tokens padded to a multiple of 128; below 50257 text is taken as bytes
+    n_layer: int = 11  # blocks
+    n_embd: int = 640  # width of the residual stream
+    head_dim: int = 64  # dimensions of a head; the state is head_dim x head_dim
+    ffn_dim: int = 2560  # hidden width of the channel mix
+    chunk_size: int = 64  # tokens that the time mix takes at once; the result is the same
+    recompute: bool = False  # compute the time mix again in the backward pass: less memory, slower
+    # training
+    total_batch_size: int = 524288  # tokens per step
+    batch_size: int = 64  # sequences per device and micro-step: lower it when memory runs out, the result is the same
+    max_steps: int = 19073  # steps; x 524,288 tokens: 10.0B, each token of FineWeb sample-10BT at most once
+    warmup_steps: int = 715  # steps of linear warm-up, 375M tokens as GPT-3
+    learning_rate: float = 6e-4  # peak, GPT-3 table 2.1
+    min_lr_ratio: float = 0.1  # the cosine ends at this part of the peak
+    weight_decay: float = 0.1  # on matrices and embeddings
+    beta1: float = 0.9  # AdamW
+    beta2: float = 0.99  # AdamW; the paper's, others 0.95
+    grad_clip: float = 1.0  # global gradient norm
+    seed: int = 1337  # of initialisation and samples
+    eval_interval: int = 250  # steps between evaluations: validation loss and HellaSwag; 0: never
+    val_tokens: int = 10485760  # validation tokens, from the start of the validation shard
+    hella_limit: int = 10042  # HellaSwag items to score; 0: none
+    checkpoint_interval: int = 1000  # steps between checkpoints; 0: only the last
+    sample_interval: int = 1000  # steps between text samples on the console; 0: never
+    data_dir: str = "fineweb10B"  # folder of token shards
+    log_dir: str = "log/rwkv"  # folder of this run: log, checkpoints
+    hellaswag_file: str = "hellaswag_val.jsonl"  # validation items; the default is downloaded when missing
+    resume: str = ""  # checkpoint to go on from; auto: the newest in log_dir
+    device: str = default_device()  # cuda, mps or cpu
+    compile: bool = torch.cuda.is_available()  # torch.compile the model
+    optimizer: str = "adamw"  # adamw, or muon for the matrices inside the blocks
+    tiny: bool = False  # a small model on built-in text: about a minute on a CPU
+
+    def __post_init__(self):
+        if self.n_embd % self.head_dim:
+            raise ValueError(f"--n_embd={self.n_embd} is not a multiple of --head_dim={self.head_dim}")
+        if self.chunk_size not in (8, 16, 32, 64, 128):
+            raise ValueError(f"--chunk_size={self.chunk_size}: 8, 16, 32, 64 or 128, beyond which float32 overflows")
+
+    def rank(self, factor):
+        """Of the low-rank matrices: factor x sqrt(n_embd) to the nearest multiple of 32."""
+        return max(32, round(factor * self.n_embd ** 0.5 / 32) * 32)
+
+
+TINY = dict(block_size=64, vocab_size=256, n_layer=4, n_embd=128, head_dim=32, ffn_dim=512, log_dir="log/rwkv-tiny")
+
+
+def shift(x, last):
+    """Each token's predecessor: x (B, T, C), what came before x (B, C) -> (B, T, C)"""
+    return torch.cat([last.unsqueeze(1).type_as(x), x[:, :-1]], dim=1)
+
+
+def wkv_step(r, log_w, k, v, a, b, state):
+    """The definition of the time mix, one token: S = S diag(w) + (S a) b^T + v k^T, y = S r. Vectors float32 (B, H, N),
+    state S (B, H, N, N), its rows values, its columns keys -> y, new state. With a = -key and b = rate * key the middle
+    term takes out of the state what it has under this key, at that rate, before the new value goes in (section 3)."""
+    a, r, v = a[..., None], r[..., None], v[..., None]
+    b, k, w = b[..., None, :], k[..., None, :], log_w.exp()[..., None, :]
+    state = state * w + (state @ a) * b + v * k
+    return (state @ r).squeeze(-1), state
+
+
+class UnitLowerInverse(torch.autograd.Function):
+    """(I - A)^-1 of strictly lower triangular A (..., C, C). Blocks of 8 by (I + A) (I + A^2) (I + A^4), elementwise, as
+    TF32 would not do; then pairs of blocks are merged by products. This series over the whole chunk would be shorter, but
+    its powers outgrow float32 when keys repeat, as in "------"."""
+
+    @staticmethod
+    def forward(ctx, A):
+        C, size = A.size(-1), 8
+
+        def diagonal(size):  # (..., C / size, size, size)
+            blocks = A.unflatten(-1, (-1, size)).unflatten(-3, (-1, size))
+            return blocks.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
+
+        power, X = diagonal(size), torch.eye(size, device=A.device, dtype=A.dtype) + diagonal(size)
+        for _ in range(2):
+            power = (power.unsqueeze(-1) * power.unsqueeze(-3)).sum(-2)
+            X = X + (X.unsqueeze(-1) * power.unsqueeze(-3)).sum(-2)
+        while size < C:
+            upper, lower = X[..., ::2, :, :], X[..., 1::2, :, :]
+            corner = lower @ diagonal(2 * size)[..., size:, :size] @ upper
+            X = torch.cat([F.pad(upper, (0, size)), torch.cat([corner, lower], dim=-1)], dim=-2)
+            size *= 2
+        X = X.squeeze(-3)
+        ctx.save_for_backward(X)
+        return X
+
+    @staticmethod
+    def backward(ctx, gradient):
+        X, = ctx.saved_tensors
+        return X.mT @ gradient @ X.mT
+
+
+def wkv(r, log_w, k, v, a, b, state, chunk):
+    """wkv_step over T tokens by matrix products: float32 (B, H, T, N), state (B, H, N, N) -> y (B, H, T, N), new state.
+
+    Inside a chunk, what each token takes out of the state is the solution of a triangular system (X); a whole chunk
+    then maps the state by one product, S -> P S + Q, the only sequential part. Decays count from the middle of the chunk:
+    as log_w > -0.6066, exponents stay below 0.6066 (C / 2 + 1), 20 for 64 tokens, which suits float32, but not float16."""
+    T, N = r.shape[2:]
+    r, log_w, k, v, a, b = (F.pad(x, (0, 0, 0, -T % chunk)).unflatten(2, (-1, chunk)) for x in (r, log_w, k, v, a, b))
+    log_decay = log_w.cumsum(dim=-2)  # (B, H, T / chunk, chunk, N) as all here
+    end, middle = log_decay[..., -1:, :], log_decay[..., chunk // 2, None, :].detach()  # any middle gives the same y
+    a, r = a * (log_decay - log_w - middle).exp(), r * (log_decay - middle).exp()
+    b, k = b * (middle - log_decay).exp(), k * (middle - log_decay).exp()
+    before = torch.ones(chunk, chunk, dtype=torch.bool, device=r.device).tril(-1)
+    until = before | torch.eye(chunk, dtype=torch.bool, device=r.device)
+    mask = torch.cat([before.repeat(1, 2), until.repeat(1, 2)])
+    bk = torch.cat([b, k], dim=-2)
+    scores = (torch.cat([a, r], dim=-2) @ bk.mT).masked_fill(~mask, 0.0)
+    of_a, of_r = scores.split(chunk, dim=-2)
+    ab, ak = of_a.split(chunk, dim=-1)
+    rb, _ = of_r.split(chunk, dim=-1)
+    X = UnitLowerInverse.apply(ab)
+    W = X @ a
+    uv = torch.cat([X @ (ak @ v), v], dim=-2)
+    up, down = (end - middle).exp().mT, middle.exp()
+    P = up * (torch.eye(N, device=r.device) + b.mT @ W) * down
+    Q = up * (bk.mT @ uv)
+    starts, state = [], state.mT  # keys as rows
+    for p, q in zip(P.unbind(2), Q.unbind(2)):
+        starts.append(state)
+        state = p @ state + q
+    y = of_r @ uv + ((r + rb @ W) * down) @ torch.stack(starts, dim=2)
+    return y.flatten(2, 3)[:, :, :T], state.mT
+
+
+class TimeMix(nn.Module):
+    def __init__(self, cfg, layer):
+        super().__init__()
+        self.cfg, self.first = cfg, layer == 0
+        C, H, N = cfg.n_embd, cfg.n_embd // cfg.head_dim, cfg.head_dim
+        depth, rest = layer / max(1, cfg.n_layer - 1), 1 - layer / cfg.n_layer
+        i = torch.arange(C)
+        linear = i / (C - 1) - 0.5
+        zigzag = (i % N - (N - 1) / 2) / ((N - 1) / 2)
+        zigzag = zigzag * zigzag.abs()
+        for name, power in ("r", 0.2), ("w", 0.9), ("k", 0.7), ("v", 0.7), ("a", 0.9), ("g", 0.2):
+            setattr(self, f"x_{name}", nn.Parameter((1 - (i / C) ** (power * rest)).view(1, 1, C)))
+        ranks = {"w": 2.5, "a": 2.5, "v": 1.7, "g": 5.0}
+        for name in "wag" if self.first else "wavg":
+            rank = cfg.rank(ranks[name])
+            setattr(self, f"{name}1", nn.Parameter(torch.zeros(C, rank)))
+            setattr(self, f"{name}2", nn.Parameter(nn.init.orthogonal_(torch.empty(rank, C), 0.1)))
+        self.w0 = nn.Parameter((-5.5 + 6 * (i / (C - 1)) ** (1 + depth ** 0.3) + 2.5 * zigzag).view(1, 1, C))
+        self.a0 = nn.Parameter((-0.19 + 0.3 * zigzag + 0.4 * linear).view(1, 1, C))
+        if not self.first:
+            self.v0 = nn.Parameter((0.73 - 0.4 * linear).view(1, 1, C))
+        self.k_k = nn.Parameter((0.71 - 0.1 * linear).view(1, 1, C))
+        self.k_a = nn.Parameter(torch.full((1, 1, C), 1.02))
+        self.r_k = nn.Parameter(torch.full((H, N), -0.04))
+        self.receptance, self.key, self.value, self.output = (nn.Linear(C, C, bias=False) for _ in range(4))
+        nn.init.orthogonal_(self.receptance.weight)
+        nn.init.orthogonal_(self.key.weight, 0.1)
+        nn.init.orthogonal_(self.value.weight)
+        nn.init.zeros_(self.output.weight)
+        self.ln_x = nn.GroupNorm(H, C, eps=64e-5)
+        nn.init.constant_(self.ln_x.weight, ((1 + layer) / cfg.n_layer) ** 0.7)
+
+    def forward(self, x, v_first, last, state):
+        """x (B, T, C), first layer's v (B, T, C), x before x (B, C), state (B, H, N, N) -> y, v_first, last, state"""
+        B, T, C = x.shape
+        before = shift(x, last)
+        xr, xw, xk, xv, xa, xg = (torch.lerp(x, before, mix)
+                                  for mix in (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g))
+        r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
+        # in (-0.6066, 0), and in fp32: rounding it to bf16 would show
+        log_w = -math.exp(-0.5) * torch.sigmoid(self.w0 + (torch.tanh(xw @ self.w1) @ self.w2).float())
+        if self.first:
+            v_first = v
+        else:
+            v = v + (v_first - v) * torch.sigmoid(self.v0 + (xv @ self.v1) @ self.v2)
+        rate = torch.sigmoid(self.a0 + (xa @ self.a1) @ self.a2)
+        g = torch.sigmoid(xg @ self.g1) @ self.g2
+
+        def heads(x):  # float32 (B, H, T, N)
+            return x.float().unflatten(-1, (-1, self.cfg.head_dim)).transpose(1, 2)
+
+        kk = F.normalize(heads(k * self.k_k), dim=-1)
+        k = k * (1 + (rate - 1) * self.k_a)
+        with torch.autocast(x.device.type, enabled=False):
+            args = heads(r), heads(log_w), heads(k), heads(v), -kk, kk * heads(rate), state
+            if T == 1:
+                y, state = wkv_step(*(z.squeeze(2) for z in args[:-1]), state)
+                y = y.unsqueeze(2)
+            elif self.cfg.recompute and self.training:
+                y, state = checkpoint(wkv, *args, self.cfg.chunk_size, use_reentrant=False)
+            else:
+                y, state = wkv(*args, self.cfg.chunk_size)
+        y = self.ln_x(y.transpose(1, 2).reshape(B * T, C)).view(B, T, C)
+        bonus = (heads(r) * heads(k) * self.r_k.unsqueeze(1)).sum(-1, keepdim=True) * heads(v)
+        y = y + bonus.transpose(1, 2).reshape(B, T, C)
+        return self.output(y.type_as(x) * g), v_first, x[:, -1], state
+
+
+class ChannelMix(nn.Module):
+    def __init__(self, cfg, layer):
+        super().__init__()
+        C = cfg.n_embd
+        self.x_k = nn.Parameter((1 - (torch.arange(C) / C) ** ((1 - layer / cfg.n_layer) ** 4)).view(1, 1, C))
+        self.key = nn.Linear(C, cfg.ffn_dim, bias=False)
+        self.value = nn.Linear(cfg.ffn_dim, C, bias=False)
+        nn.init.orthogonal_(self.key.weight)
+        nn.init.zeros_(self.value.weight)
+
+    def forward(self, x, last):
+        """x (B, T, C), x before x (B, C) -> y, last"""
+        k = self.key(torch.lerp(x, shift(x, last), self.x_k))
+        return self.value(torch.relu(k) ** 2), x[:, -1]
+
+
+class Block(nn.Module):
+    def __init__(self, cfg, layer):
+        super().__init__()
+        if layer == 0:
+            self.ln0 = nn.LayerNorm(cfg.n_embd)
+        self.ln1 = nn.LayerNorm(cfg.n_embd)
+        self.ln2 = nn.LayerNorm(cfg.n_embd)
+        self.att = TimeMix(cfg, layer)
+        self.ffn = ChannelMix(cfg, layer)
+
+    def forward(self, x, v_first, state):
+        att_last, ffn_last, memory = state
+        y, v_first, att_last, memory = self.att(self.ln1(x), v_first, att_last, memory)
+        x = x + y
+        y, ffn_last = self.ffn(self.ln2(x), ffn_last)
+        return x + y, v_first, (att_last, ffn_last, memory)
+
+
+class Model(nn.Module):
+    """Parameters carry the names of the official checkpoints."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.emb = nn.Embedding(cfg.vocab_size, cfg.n_embd)
+        self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.n_layer))
+        self.ln_out = nn.LayerNorm(cfg.n_embd)
+        self.head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
+        nn.init.uniform_(self.emb.weight, -1e-4, 1e-4)
+        nn.init.orthogonal_(self.head.weight, 0.5 * max(1, cfg.vocab_size / cfg.n_embd) ** 0.5)
+
+    def new_state(self, batch_size):
+        """What a layer keeps of the past: the last inputs of its mixes (B, C) and its memory (B, H, N, N), float32."""
+        C, N, zeros = self.cfg.n_embd, self.cfg.head_dim, self.emb.weight.new_zeros
+        return [(zeros(batch_size, C), zeros(batch_size, C), zeros(batch_size, C // N, N, N)) for _ in self.blocks]
+
+    @torch.compiler.disable(recursive=False)  # the blocks inside it are compiled, one by one
+    def hidden(self, idx, state=None):
+        """idx int64 (B, T) -> (B, T, C): what lm_head turns into logits. Given a state, it goes on from there, and the
+        state is brought up to date."""
+        state = self.new_state(len(idx)) if state is None else state
+        x, v_first = self.blocks[0].ln0(self.emb(idx)), None
+        if torch.is_autocast_enabled(idx.device.type):  # bf16 residual stream: half the memory traffic between products
+            x = x.to(torch.get_autocast_dtype(idx.device.type))
+        for i, block in enumerate(self.blocks):
+            x, v_first, state[i] = block(x, v_first, state[i])
+        return self.ln_out(x)
+
+    def lm_head(self, hidden):
+        return self.head(hidden)
+
+    def loss(self, hidden, targets):
+        """The value is the cross-entropy; while training, its gradient also pulls the largest logit of each token to 0,
+        a little (L2Wrap in model.py)."""
+        logits = self.head(hidden).float()
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        if not self.training:
+            return loss
+        pull = 0.5e-4 * logits.amax(-1).square().mean()
+        return loss + (pull - pull.detach())
+
+    def forward(self, idx, targets=None):
+        """idx, targets int64 (B, T), targets of -1 do not count -> (logits (B, T, vocab_size), None) or (None, loss)"""
+        hidden = self.hidden(idx)
+        if targets is None:
+            return self.head(hidden).float(), None
+        return None, self.loss(hidden, targets)
+
+    def compile(self, **options):
+        """Block by block: two graphs, the first block's and the others', instead of one that is long."""
+        torch._dynamo.config.recompile_limit = 32  # for each: training, validation, and the lengths of HellaSwag
+        for block in self.blocks:
+            block.compile(**options)
+        self.loss = torch.compile(self.loss, **options)
+
+    def num_params(self):
+        total = sum(p.numel() for p in self.parameters())
+        return {"total": total, "active": total, "non_embedding": total - self.emb.weight.numel()}
+
+    def flops_per_token(self):
+        """Forward and backward: 6 N + 27 d D a layer, N without the embedding, which enters no product. A step of the
+        state, D x D in each of d / D heads, takes 9 D^2; that is counted, not what a form of it computes on top."""
+        cfg = self.cfg
+        return 6 * self.num_params()["non_embedding"] + 27 * cfg.n_layer * cfg.n_embd * cfg.head_dim
+
+    def configure_optimizers(self, cfg, device_type):
+        """AdamW that decays the matrices named weight alone and moves w0 twice as fast (model.py); fused into one kernel.
+        With optimizer=muon those in the blocks go to Muon (Jordan et al. 2024), its step scaled to AdamW's (arXiv
+        2502.16982)."""
+        blocks = [m.weight for m in self.blocks.modules() if isinstance(m, nn.Linear)]
+        outer = [self.emb.weight, self.head.weight]
+        w0 = [block.att.w0 for block in self.blocks]
+        apart = {id(p) for p in blocks + outer + w0}
+        muon = cfg.optimizer == "muon"
+        adamw = torch.optim.AdamW(
+            [{"params": outer if muon else outer + blocks, "weight_decay": cfg.weight_decay},
+             {"params": w0, "weight_decay": 0.0, "lr_scale": 2.0},
+             {"params": [p for p in self.parameters() if id(p) not in apart], "weight_decay": 0.0}],
+            lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), eps=1e-18, fused=device_type in ("cuda", "cpu"))
+        if not muon:
+            return adamw
+        return Optimizers([adamw, torch.optim.Muon(blocks, lr=cfg.learning_rate, weight_decay=cfg.weight_decay,
+                                                   adjust_lr_fn="match_rms_adamw")])
+
+
+def to_hf(model):
+    """An official checkpoint, since transformers has no RWKV-7: what --export writes as model.pth for RWKV runners."""
+    return model.state_dict()
+
+
+@one_line_errors()
+def main():
+    # ==== training loop: identical in every train_*.py ====
+    cfg, mode = parse_args(Config, TINY)
+    if mode.sample is not None or mode.export is not None:
+        return use_checkpoint(cfg, mode, ARCH, Config, Model, to_hf)
+    world = init_world(cfg)
+    accumulation = accumulation_steps(cfg, world)
+    train_loader, val_loader = (DataLoader(cfg, split, world, mode.bench) for split in ("train", "val"))
+    tokenizer = get_tokenizer(cfg.vocab_size) if cfg.hella_limit or cfg.sample_interval else None
+    hellaswag = load_hellaswag(cfg, world, tokenizer)
+    raw_model = Model(cfg).to(world.device)
+    optimizer = raw_model.configure_optimizers(cfg, world.device.type)
+    run = Run(cfg, ARCH, world, raw_model, optimizer, mode.bench)
+    if cfg.compile:
+        torch._dynamo.config.optimize_ddp = False  # else DDP cuts the graph at every bucket, and fusions with it
+        raw_model.compile(dynamic=False, fullgraph=True)
+    model = raw_model
+    if world.size > 1:
+        model = DDP(raw_model, device_ids=None if world.device.type == "cpu" else [world.device],
+                    gradient_as_bucket_view=True, bucket_cap_mb=100, broadcast_buffers=False)
+    batches = train_loader.train_batches(run.start_step, accumulation)
+
+    for step in range(run.start_step, cfg.max_steps + 1):  # `step` updates have been made
+        last_step = step == cfg.max_steps or run.stopping
+        if cfg.eval_interval and (step % cfg.eval_interval == 0 or last_step) and not run.stopping:  # else when resumed
+            run.flush()
+            raw_model.eval()
+            val_loss = torch.zeros((), device=world.device)
+            with torch.no_grad(), world.autocast():
+                for x, y, rows in val_loader.val_batches():
+                    val_loss += raw_model(x, y)[1] * rows / val_loader.val_rows
+            run.val(step, world.sum(val_loss).item())
+            if hellaswag:
+                run.hella(step, hellaswag.score(raw_model)[1])
+            raw_model.train()
+        if tokenizer and cfg.sample_interval and step and step % cfg.sample_interval == 0:
+            run.sample(step, tokenizer)
+        if last_step or (cfg.checkpoint_interval and step > run.start_step and step % cfg.checkpoint_interval == 0):
+            run.save(step)
+        if last_step:
+            break
+
+        lr = cosine_lr(cfg, step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)  # some papers give a group its own pace
+        train_loss = torch.zeros((), device=world.device)
+        for micro_step in range(accumulation):
+            x, y, _ = next(batches)
+            if world.size > 1:  # average the gradients over processes once a step; DDP reads this in its forward
+                model.require_backward_grad_sync = micro_step == accumulation - 1
+            with world.autocast():
+                loss = model(x, y)[1] / accumulation
+            loss.backward()
+            train_loss += loss.detach()
+        norm = nn.utils.clip_grad_norm_(raw_model.parameters(), cfg.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        run.train(step, train_loss, norm, lr)
+    run.close()
+    # ==== end of training loop ====
+
+
+if __name__ == "__main__":
+    main()
