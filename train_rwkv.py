@@ -98,8 +98,8 @@ def wkv_step(r, log_w, k, v, a, b, state):
 
 class UnitLowerInverse(torch.autograd.Function):
     """(I - A)^-1 of strictly lower triangular A (..., C, C). Blocks of 8 by (I + A) (I + A^2) (I + A^4), elementwise, as
-    TF32 would not do; then pairs of blocks are merged by products. This series over the whole chunk would be shorter, but
-    its powers outgrow float32 when keys repeat, as in "------"."""
+    TF32 is too coarse; then pairs of blocks are merged by products. This series over the whole chunk would be shorter,
+    but its powers outgrow float32 when keys repeat, as in "------"."""
 
     @staticmethod
     def forward(ctx, A):
@@ -132,8 +132,8 @@ def wkv(r, log_w, k, v, a, b, state, chunk):
     """wkv_step over T tokens by matrix products: float32 (B, H, T, N), state (B, H, N, N) -> y (B, H, T, N), new state.
 
     Inside a chunk, what each token takes out of the state is the solution of a triangular system (X); a whole chunk
-    then maps the state by one product, S -> P S + Q, the only sequential part. Decays count from the middle of the chunk:
-    as log_w > -0.6066, exponents stay below 0.6066 (C / 2 + 1), 20 for 64 tokens, which suits float32, but not float16."""
+    then maps the state by one product, S -> P S + Q, the only sequential part. Decays count from the middle of the
+    chunk: as log_w > -0.6066, exponents stay below 0.6066 (C / 2 + 1), 20 for 64 tokens: fine in float32, not float16."""
     T, N = r.shape[2:]
     r, log_w, k, v, a, b = (F.pad(x, (0, 0, 0, -T % chunk)).unflatten(2, (-1, chunk)) for x in (r, log_w, k, v, a, b))
     log_decay = log_w.cumsum(dim=-2)  # (B, H, T / chunk, chunk, N) as all here
@@ -197,8 +197,8 @@ class TimeMix(nn.Module):
     def forward(self, x, v_first, last, state):
         """x (B, T, C), first layer's v (B, T, C), x before x (B, C), state (B, H, N, N) -> y, v_first, last, state"""
         B, T, C = x.shape
-        before = shift(x, last)
-        xr, xw, xk, xv, xa, xg = (torch.lerp(x, before, mix)
+        change = shift(x, last) - x
+        xr, xw, xk, xv, xa, xg = (x + change * mix
                                   for mix in (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g))
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
         # in (-0.6066, 0), and in fp32: rounding it to bf16 would show
@@ -242,7 +242,7 @@ class ChannelMix(nn.Module):
 
     def forward(self, x, last):
         """x (B, T, C), x before x (B, C) -> y, last"""
-        k = self.key(torch.lerp(x, shift(x, last), self.x_k))
+        k = self.key(x + (shift(x, last) - x) * self.x_k)
         return self.value(torch.relu(k) ** 2), x[:, -1]
 
 
@@ -332,9 +332,9 @@ class Model(nn.Module):
         return 6 * self.num_params()["non_embedding"] + 27 * cfg.n_layer * cfg.n_embd * cfg.head_dim
 
     def configure_optimizers(self, cfg, device_type):
-        """AdamW that decays the matrices named weight alone and moves w0 twice as fast (model.py); fused into one kernel.
-        With optimizer=muon those in the blocks go to Muon (Jordan et al. 2024), its step scaled to AdamW's (arXiv
-        2502.16982)."""
+        """AdamW that decays the matrices named weight alone and moves w0 twice as fast (model.py); fused into one
+        kernel. With optimizer=muon those in the blocks go to Muon (Jordan et al. 2024), its step scaled to AdamW's
+        (arXiv 2502.16982)."""
         blocks = [m.weight for m in self.blocks.modules() if isinstance(m, nn.Linear)]
         outer = [self.emb.weight, self.head.weight]
         w0 = [block.att.w0 for block in self.blocks]
