@@ -97,8 +97,8 @@ def wkv_step(r, log_w, k, v, a, b, state):
 
 
 class UnitLowerInverse(torch.autograd.Function):
-    """(I - A)^-1 of strictly lower triangular A (..., C, C). Blocks of 8 by (I + A) (I + A^2) (I + A^4), elementwise, as
-    TF32 is too coarse; then pairs of blocks are merged by products. This series over the whole chunk would be shorter,
+    """(I - A)^-1 of strictly lower triangular A (..., C, C). Blocks of 8 by (I + A) (I + A^2) (I + A^4), elementwise,
+    as TF32 is too coarse; then pairs of blocks are merged by products. This series over the whole chunk would be shorter,
     but its powers outgrow float32 when keys repeat, as in "------"."""
 
     @staticmethod
@@ -131,35 +131,29 @@ class UnitLowerInverse(torch.autograd.Function):
 def wkv(r, log_w, k, v, a, b, state, chunk):
     """wkv_step over T tokens by matrix products: float32 (B, H, T, N), state (B, H, N, N) -> y (B, H, T, N), new state.
 
-    Inside a chunk, what each token takes out of the state is the solution of a triangular system (X); a whole chunk
-    then maps the state by one product, S -> P S + Q, the only sequential part. Decays count from the middle of the
-    chunk: as log_w > -0.6066, exponents stay below 0.6066 (C / 2 + 1), 20 for 64 tokens: fine in float32, not float16."""
-    T, N = r.shape[2:]
-    r, log_w, k, v, a, b = (F.pad(x, (0, 0, 0, -T % chunk)).unflatten(2, (-1, chunk)) for x in (r, log_w, k, v, a, b))
-    log_decay = log_w.cumsum(dim=-2)  # (B, H, T / chunk, chunk, N) as all here
+    What the tokens of a chunk take out of the state is the solution of a triangular system (X): W of the state at the
+    chunk's start, and U of the chunk itself. So the only sequential part is a loop over chunks with two products each.
+    Decays count from the middle of a chunk: as log_w > -0.6066, exponents stay below 0.6066 (C / 2 + 1), 20 for 64
+    tokens, which is fine in float32, and too much for float16."""
+    B, H, T, N = r.shape
+    if T % chunk:
+        r, log_w, k, v, a, b = (F.pad(x, (0, 0, 0, -T % chunk)) for x in (r, log_w, k, v, a, b))
+    r, log_w, k, v, a, b = (x.reshape(B * H, -1, chunk, N) for x in (r, log_w, k, v, a, b))
+    log_decay = log_w.cumsum(dim=-2)
     end, middle = log_decay[..., -1:, :], log_decay[..., chunk // 2, None, :].detach()  # any middle gives the same y
     a, r = a * (log_decay - log_w - middle).exp(), r * (log_decay - middle).exp()
     b, k = b * (middle - log_decay).exp(), k * (middle - log_decay).exp()
-    before = torch.ones(chunk, chunk, dtype=torch.bool, device=r.device).tril(-1)
-    until = before | torch.eye(chunk, dtype=torch.bool, device=r.device)
-    mask = torch.cat([before.repeat(1, 2), until.repeat(1, 2)])
-    bk = torch.cat([b, k], dim=-2)
-    scores = (torch.cat([a, r], dim=-2) @ bk.mT).masked_fill(~mask, 0.0)
-    of_a, of_r = scores.split(chunk, dim=-2)
-    ab, ak = of_a.split(chunk, dim=-1)
-    rb, _ = of_r.split(chunk, dim=-1)
-    X = UnitLowerInverse.apply(ab)
-    W = X @ a
-    uv = torch.cat([X @ (ak @ v), v], dim=-2)
-    up, down = (end - middle).exp().mT, middle.exp()
-    P = up * (torch.eye(N, device=r.device) + b.mT @ W) * down
-    Q = up * (bk.mT @ uv)
-    starts, state = [], state.mT  # keys as rows
-    for p, q in zip(P.unbind(2), Q.unbind(2)):
-        starts.append(state)
-        state = p @ state + q
-    y = of_r @ uv + ((r + rb @ W) * down) @ torch.stack(starts, dim=2)
-    return y.flatten(2, 3)[:, :, :T], state.mT
+    X = UnitLowerInverse.apply((a @ b.mT).tril(-1))
+    W, U, kv = X @ a, X @ ((a @ k.mT).tril(-1) @ v), k.mT @ v
+    onward = (end - middle + F.pad(middle, (0, 0, 0, 0, -1, 1))).exp().mT  # from this middle to that of the next chunk
+    state = middle[:, 0].exp().mT * state.flatten(0, 1).mT  # rows are keys here
+    states, removed = [], []
+    for W_, U_, b_, kv_, onward_ in zip(*(x.unbind(1) for x in (W, U, b.mT, kv, onward))):
+        states.append(state)
+        removed.append(torch.baddbmm(U_, W_, state))
+        state = onward_ * torch.baddbmm(state + kv_, b_, removed[-1])
+    y = r @ torch.stack(states, 1) + (r @ b.mT).tril() @ torch.stack(removed, 1) + (r @ k.mT).tril() @ v
+    return y.view(B, H, -1, N)[:, :, :T], state.mT.unflatten(0, (B, H))
 
 
 class TimeMix(nn.Module):
