@@ -853,16 +853,22 @@ def test_rwkv_in_bf16_and_with_recomputing(monkeypatch):
     """bf16 autocast keeps the loss; the decay and the state stay float32. Recomputing changes no bit of the gradients."""
     model, idx, targets = small_model("rwkv"), tokens(2, 130), tokens(2, 130, seed=2)
     wkv, seen = SCRIPTS["rwkv"].wkv, []
-    monkeypatch.setattr(SCRIPTS["rwkv"], "wkv", lambda *args: seen.append([x.dtype for x in args[:-1]]) or wkv(*args))
-    with torch.autocast("cpu", torch.bfloat16):
+    monkeypatch.setattr(SCRIPTS["rwkv"], "wkv", lambda *args: seen.append((args, wkv(*args))) or seen[-1][1])
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         loss = model(idx, targets)[1]
-    assert abs(loss - model(idx, targets)[1]) < 3e-3 and all(x == torch.float32 for call in seen for x in call)
-    gradients = []
+    assert abs(loss - model(idx, targets)[1]) < 3e-3
+    assert len(seen) == 2
+    for args, results in seen:
+        assert all(x.dtype == torch.float32 for x in (*args[:-1], *results))
+        assert (args[1] != args[1].bfloat16()).float().mean() > 0.9  # not rounded to bf16 on the way
+        assert all(torch.equal(a, b) for a, b in zip(results, wkv(*args)))
+    gradients, calls = [], []
+    monkeypatch.setattr(SCRIPTS["rwkv"], "wkv", lambda *args: calls.append(1) or wkv(*args))
     for recompute in False, True:
-        seen.clear()
+        calls.clear()
         model = small_model("rwkv", recompute=recompute).train()
         gradients.append(torch.autograd.grad(model(idx, targets)[1], model.parameters()))
-        assert len(seen) == (4 if recompute else 2)
+        assert len(calls) == (4 if recompute else 2)
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
 
 

@@ -98,8 +98,8 @@ def wkv_step(r, log_w, k, v, a, b, state):
 
 class UnitLowerInverse(torch.autograd.Function):
     """(I - A)^-1 of strictly lower triangular A (..., C, C). Blocks of 8 by (I + A) (I + A^2) (I + A^4), elementwise,
-    as TF32 is too coarse; then pairs of blocks are merged by products. This series over the whole chunk would be shorter,
-    but its powers outgrow float32 when keys repeat, as in "------"."""
+    as TF32 is too coarse; then pairs of blocks are merged by products. This series over the whole chunk would be
+    shorter, but its powers outgrow float32 when keys repeat, as in "------"."""
 
     @staticmethod
     def forward(ctx, A):
