@@ -341,13 +341,13 @@ def get_tokenizer(vocab_size):
 def generate(model, tokenizer, prompt, block_size, device, seed, new_tokens=100, top_k=50):
     """Continue prompt (str) by sampling among the top_k tokens. The vocabulary's padding is never drawn."""
     ids = tokenizer.encode_ordinary(prompt) or [tokenizer.eot_token]
-    if len(ids) > block_size:
+    state = [model.new_state(1)] if hasattr(model, "new_state") else []  # a recurrent model reads each token once
+    if len(ids) > block_size and not state:
         fail(f"the prompt has {len(ids)} tokens, the context of this model {block_size}")
     rng = torch.Generator().manual_seed(seed)
-    state = [model.new_state(1)] if hasattr(model, "new_state") else []  # a recurrent model reads each token once
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         for i in range(new_tokens):
-            window = ids[-1:] if i and state else ids[-block_size:]
+            window = ids[-block_size:] if not state else ids[-1:] if i else ids
             hidden = model.hidden(torch.tensor([window], device=device), *state)
             logits = model.lm_head(hidden[:, -1]).float().cpu()[0, :tokenizer.n_vocab]
             values, choices = logits.topk(min(top_k, len(logits)))
@@ -639,7 +639,8 @@ class Run:
         if self.world.rank == 0:
             self.model.eval()
             with self.world.autocast():
-                text = generate(self.model, tokenizer, PROMPT, self.cfg.block_size, self.world.device, self.cfg.seed)
+                prompt = tokenizer.decode(tokenizer.encode_ordinary(PROMPT)[:self.cfg.block_size])
+                text = generate(self.model, tokenizer, prompt, self.cfg.block_size, self.world.device, self.cfg.seed)
             self.model.train()
             self.say(f"step {step:5d} | sample: {text}")
         self.clock = time.perf_counter()

@@ -172,7 +172,7 @@ def test_the_training_options_are_the_same_in_every_script():
     for arch in ARCHS:
         names = [(f.name, f.default) for f in fields(SCRIPTS[arch].Config)]
         start = [n for n, _ in names].index("total_batch_size")
-        own = {"deepseek": ["bias_update_speed", "balance_loss_alpha", "mtp_loss_weight"], "rwkv": ["beta2"]}.get(arch, [])
+        own = {"deepseek": ["bias_update_speed", "balance_loss_alpha", "mtp_loss_weight"], "rwkv": ["beta2", "chunk_size", "recompute"]}.get(arch, [])
         blocks[arch] = [(n, d) for n, d in names[start:] if n not in ("log_dir", *own)]
     assert SCRIPTS["rwkv"].Config().beta2 == 0.99
     assert all(block == [x for x in blocks["gpt2"] if arch != "rwkv" or x[0] != "beta2"] for arch, block in blocks.items())
@@ -405,7 +405,7 @@ MISTAKES = {
     "bonus of the unchanged key": ("rwkv", edit("TimeMix.forward", "heads(r) * heads(k) * self", "heads(r) * heads(self.key(xk)) * self")),
     "bonus in front of the norm": ("rwkv", edit("TimeMix.forward", "y = self.ln_x(y.transpose(1, 2).reshape(B * T, C)).view(B, T, C)", "y = self.ln_x((y + (heads(r) * heads(k) * self.r_k.unsqueeze(1)).sum(-1, keepdim=True) * heads(v)).transpose(1, 2).reshape(B * T, C)).view(B, T, C)")),
     "state read before it is written": ("rwkv", lambda model, script, patch: patch.setattr(script, "wkv", lambda r, w, k, v, a, b, state, chunk: reversed_step(r, w, k, v, a, b, state))),
-    "relu not squared": ("rwkv", edit("ChannelMix.forward", "** 2", "")),
+    "relu not squared": ("rwkv", edit("ChannelMix.forward", "k * k", "k")),
     "no rate": ("rwkv", edit("TimeMix.forward", "kk * heads(rate)", "kk")),
     "mixes of decay and rate swapped": ("rwkv", edit("TimeMix.forward", "self.x_r, self.x_w, self.x_k, self.x_v, self.x_a", "self.x_r, self.x_a, self.x_k, self.x_v, self.x_w")),
     "embedding not scaled": ("gemma", lambda model, script, patch: patch.setattr(script.math, "sqrt", lambda x: 1.0)),
@@ -872,6 +872,31 @@ def test_rwkv_in_bf16_and_with_recomputing(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
 
 
+@pytest.mark.parametrize("arch", ["rwkv", "deepseek"])
+def test_compiled_gradients_keep_their_precision(arch):
+    """What runs in float32 inside of bf16 autocast, RWKV's operator and DeepSeek's router, must do so backward, too: with the
+    loop's setting a compiled backward pass is as close to float64 as an eager one; without, not (negative control)."""
+    script, (*args, _) = SCRIPTS[arch], (x.float() for x in wkv_inputs("similar keys", 128))
+    gate, x = small_model("deepseek").model.layers[1].mlp.gate.train(), torch.randn(2, 40, 64, generator=torch.Generator().manual_seed(0))
+
+    def operator(*args):
+        with torch.autocast("cpu", enabled=False):
+            return script.wkv(*args, torch.zeros(1, 2, 64, 64), 64)[0]
+    call, inputs = (operator, args) if arch == "rwkv" else (lambda x, w: gate(x)[1], [x, gate.weight])
+    def gradients(call):
+        leaves = [z.detach().requires_grad_() for z in inputs] if arch == "rwkv" else [x.requires_grad_(), gate.weight]
+        with torch.autocast("cpu", torch.bfloat16):
+            y = call(*leaves)
+        return torch.autograd.grad(y, leaves, torch.randn(y.shape, generator=torch.Generator().manual_seed(3)))
+    eager = gradients(call)
+    for setting, fine in ("off", True), ("same_as_forward", False):
+        torch._dynamo.reset()
+        with torch._functorch.config.patch(backward_pass_autocast=setting):
+            ours = gradients(torch.compile(call, backend="aot_eager", dynamic=False, fullgraph=True))
+        assert all((a - b).norm() < 1e-4 * b.norm() for a, b in zip(ours, eager)) == fine
+    assert 'backward_pass_autocast = "off"' in inspect.getsource(script.main)
+
+
 def test_rwkv_compiles_two_blocks_and_the_loss():
     """However many layers; recomputing inside."""
     model, idx, expected = small_model("rwkv", n_layer=4, recompute=True).train(), tokens(2, 64), []
@@ -962,7 +987,7 @@ BAD_SHAPES = [("gpt2", "--n_head=5", "n_head=5"), ("llama", "--n_head=5", "n_hea
               ("deepseek", "--qk_rope_head_dim=7", "qk_rope_head_dim=7"), ("deepseek", "--moe_ffn_dim=100", "moe_ffn_dim=100"),
               ("deepseek", "--n_dense_layer=12", "n_dense_layer=12"), ("deepseek", "--n_group=3", "n_group=3"), ("deepseek", "--n_group=8", "n_group=8"),
               ("deepseek", "--topk_group=5", "topk_group=5"), ("deepseek", "--n_activated_experts=5", "n_activated_experts=5"),
-              ("deepseek", "--block_size=1", "block_size=1"), ("rwkv", "--head_dim=48", "head_dim=48"), ("rwkv", "--chunk_size=48", "chunk_size=48")]
+              ("deepseek", "--block_size=1", "block_size=1"), ("rwkv", "--head_dim=48", "head_dim=48"), ("rwkv", "--head_dim=1", "head_dim=1"), ("rwkv", "--chunk_size=48", "chunk_size=48")]
 
 
 @pytest.mark.parametrize("arch, option, word", BAD_SHAPES)
@@ -1373,6 +1398,15 @@ def test_bench_keeps_nothing(monkeypatch, capsys):
     train("gpt2", monkeypatch, *QUICK, "--bench=3")
     out = capsys.readouterr().out
     assert re.search(r"median of 3 steps: [\d.]+ ms \| [\d,]+ tok/s \| [\d.]+% MFU", out) and os.listdir() == []
+
+
+def test_samples_and_short_contexts(monkeypatch, capsys):
+    """A sample within a run shortens its prompt; a recurrent model has no limit, others say theirs."""
+    for arch in "gpt2", "rwkv":
+        train(arch, monkeypatch, *quick(arch), "--block_size=8", "--sample_interval=4")
+        assert capsys.readouterr().out.count("sample: Hello, I") == 2
+    train("rwkv", monkeypatch, *quick("rwkv"), "--block_size=8", "--sample=" + 40 * "x")
+    bad(capsys, lambda: train("gpt2", monkeypatch, *QUICK, "--block_size=8", "--sample=" + 40 * "x"), "40 tokens")
 
 
 def test_samples_never_contain_padding():

@@ -249,6 +249,7 @@ def main():
     run = Run(cfg, ARCH, world, raw_model, optimizer, mode.bench)
     if cfg.compile:
         torch._dynamo.config.optimize_ddp = False  # else DDP cuts the graph at every bucket, and fusions with it
+        torch._functorch.config.backward_pass_autocast = "off"  # as uncompiled: what is kept in fp32 goes back in fp32
         raw_model.compile(dynamic=False, fullgraph=True)
     model = raw_model
     if world.size > 1:

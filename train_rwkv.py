@@ -4,8 +4,8 @@ network: what it knows of the past is one matrix a head, whatever the length. Wh
 - time mix instead of attention: a state that decays, forgets what a new key replaces, and learns it (the delta rule)
 - channel mix instead of the MLP: relu(x)^2, no gate; both see a mixture of each token with the one before
 - decay, learning rate, value residual and gate by low-rank matrices; LayerNorms with biases; head and embedding apart
-- its own initialisation, weight decay on matrices alone, AdamW (0.9, 0.99) with eps 1e-18, twice the rate on w0, and a
-  small pull on the largest logit
+- its own initialisation, weight decay on linear layers and embeddings alone, AdamW (0.9, 0.99) with eps 1e-18, twice
+  the rate on w0, and a small pull on the largest logit
 122,606,080 parameters: 11 layers of width 640.
 
     python train_rwkv.py --tiny                            # no data, no GPU: a minute on a laptop
@@ -39,11 +39,11 @@ class Config:
     n_embd: int = 640  # width of the residual stream
     head_dim: int = 64  # dimensions of a head; the state is head_dim x head_dim
     ffn_dim: int = 2560  # hidden width of the channel mix
-    chunk_size: int = 64  # tokens that the time mix takes at once; the result is the same
-    recompute: bool = False  # compute the time mix again in the backward pass: less memory, slower
     # training
     total_batch_size: int = 524288  # tokens per step
     batch_size: int = 64  # sequences per device and micro-step: lower it when memory runs out, the result is the same
+    chunk_size: int = 64  # tokens that the time mix takes at once; the result is the same
+    recompute: bool = False  # compute the time mix again in the backward pass: less memory, slower
     max_steps: int = 19073  # steps; x 524,288 tokens: 10.0B, each token of FineWeb sample-10BT at most once
     warmup_steps: int = 715  # steps of linear warm-up, 375M tokens as GPT-3
     learning_rate: float = 6e-4  # peak, GPT-3 table 2.1
@@ -68,17 +68,17 @@ class Config:
     tiny: bool = False  # a small model on built-in text: about a minute on a CPU
 
     def __post_init__(self):
-        if self.n_embd % self.head_dim:
-            raise ValueError(f"--n_embd={self.n_embd} is not a multiple of --head_dim={self.head_dim}")
-        if self.chunk_size not in (8, 16, 32, 64, 128):
-            raise ValueError(f"--chunk_size={self.chunk_size}: 8, 16, 32, 64 or 128, beyond which float32 overflows")
+        if self.n_embd % self.head_dim or self.head_dim < 2:
+            raise ValueError(f"--n_embd={self.n_embd} is not a multiple of --head_dim={self.head_dim}, 2 or more")
+        if self.chunk_size not in (8, 16, 32, 64, 128):  # more overflows float32
+            raise ValueError(f"--chunk_size={self.chunk_size}: 8, 16, 32, 64 or 128")
 
     def rank(self, factor):
         """Of the low-rank matrices: factor x sqrt(n_embd) to the nearest multiple of 32."""
         return max(32, round(factor * self.n_embd ** 0.5 / 32) * 32)
 
 
-TINY = dict(block_size=64, vocab_size=256, n_layer=4, n_embd=128, head_dim=32, ffn_dim=512, log_dir="log/rwkv-tiny")
+TINY = dict(block_size=64, vocab_size=256, n_layer=3, n_embd=128, head_dim=32, ffn_dim=512, log_dir="log/rwkv-tiny")
 
 
 def shift(x, last):
@@ -221,7 +221,7 @@ class TimeMix(nn.Module):
         y = self.ln_x(y.transpose(1, 2).reshape(B * T, C)).view(B, T, C)
         bonus = (heads(r) * heads(k) * self.r_k.unsqueeze(1)).sum(-1, keepdim=True) * heads(v)
         y = y + bonus.transpose(1, 2).reshape(B, T, C)
-        return self.output(y.type_as(x) * g), v_first, x[:, -1], state
+        return self.output(y.type_as(g) * g), v_first, x[:, -1], state
 
 
 class ChannelMix(nn.Module):
@@ -237,7 +237,8 @@ class ChannelMix(nn.Module):
     def forward(self, x, last):
         """x (B, T, C), x before x (B, C) -> y, last"""
         k = self.key(x + (shift(x, last) - x) * self.x_k)
-        return self.value(torch.relu(k) ** 2), x[:, -1]
+        k = torch.relu(k)
+        return self.value(k * k), x[:, -1]  # autocast would take ** to fp32
 
 
 class Block(nn.Module):
@@ -252,9 +253,9 @@ class Block(nn.Module):
 
     def forward(self, x, v_first, state):
         att_last, ffn_last, memory = state
-        y, v_first, att_last, memory = self.att(self.ln1(x), v_first, att_last, memory)
+        y, v_first, att_last, memory = self.att(self.ln1(x).type_as(x), v_first, att_last, memory)
         x = x + y
-        y, ffn_last = self.ffn(self.ln2(x), ffn_last)
+        y, ffn_last = self.ffn(self.ln2(x).type_as(x), ffn_last)
         return x + y, v_first, (att_last, ffn_last, memory)
 
 
@@ -310,7 +311,7 @@ class Model(nn.Module):
 
     def compile(self, **options):
         """Block by block: two graphs, the first block's and the others', instead of one that is long."""
-        torch._dynamo.config.recompile_limit = 32  # for each: training, validation, and the lengths of HellaSwag
+        torch._dynamo.config.recompile_limit = 128  # both for training, validation, and each length in HellaSwag
         for block in self.blocks:
             block.compile(**options)
         self.loss = torch.compile(self.loss, **options)
@@ -366,6 +367,7 @@ def main():
     run = Run(cfg, ARCH, world, raw_model, optimizer, mode.bench)
     if cfg.compile:
         torch._dynamo.config.optimize_ddp = False  # else DDP cuts the graph at every bucket, and fusions with it
+        torch._functorch.config.backward_pass_autocast = "off"  # as uncompiled: what is kept in fp32 goes back in fp32
         raw_model.compile(dynamic=False, fullgraph=True)
     model = raw_model
     if world.size > 1:
