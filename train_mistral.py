@@ -328,6 +328,7 @@ def main():
         optimizer.step()
         optimizer.zero_grad()
         run.train(step, train_loss, norm, lr)
+    del model  # else DDP is the last owner of the process group, and to take that down it may wait for itself
     run.close()
     # ==== end of training loop ====
 
