@@ -139,7 +139,7 @@ def wkv(r, log_w, k, v, a, b, state, chunk):
     if T % chunk:
         r, log_w, k, v, a, b = (F.pad(x, (0, 0, 0, -T % chunk)) for x in (r, log_w, k, v, a, b))
     r, log_w, k, v, a, b = (x.reshape(B * H, -1, chunk, N) for x in (r, log_w, k, v, a, b))
-    log_decay = log_w.cumsum(dim=-2)
+    log_decay = log_w.cumsum(dim=-2)  # (B H, T / chunk, chunk, N), as the others now
     end, middle = log_decay[..., -1:, :], log_decay[..., chunk // 2, None, :].detach()  # any middle gives the same y
     a, r = a * (log_decay - log_w - middle).exp(), r * (log_decay - middle).exp()
     b, k = b * (middle - log_decay).exp(), k * (middle - log_decay).exp()
@@ -236,8 +236,7 @@ class ChannelMix(nn.Module):
 
     def forward(self, x, last):
         """x (B, T, C), x before x (B, C) -> y, last"""
-        k = self.key(x + (shift(x, last) - x) * self.x_k)
-        k = torch.relu(k)
+        k = torch.relu(self.key(x + (shift(x, last) - x) * self.x_k))
         return self.value(k * k), x[:, -1]  # autocast would take ** to fp32
 
 
