@@ -19,6 +19,7 @@ import os
 import pickle
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -104,7 +105,7 @@ def parse_args(Config, tiny):
     if mode.bench:
         given |= dict(max_steps=mode.bench + BENCH_WARMUP, eval_interval=0, hella_limit=0, sample_interval=0)
     counts = ("max_steps", "warmup_steps", "seed", "eval_interval", "hella_limit", "checkpoint_interval", "sample_interval",
-              "bench", "n_dense_layer")  # 0 makes sense
+              "keep_checkpoints", "bench", "n_dense_layer")  # 0 makes sense
     for name, value in {**given, "bench": mode.bench}.items():
         least = 0 if isinstance(value, float) or name in counts else 1
         below = 1 if name.startswith("beta") else math.inf if isinstance(value, float) else 2**63 if name == "seed" else 2**40
@@ -456,11 +457,15 @@ def use_checkpoint(cfg, mode, arch, Config, Model, to_hf):
             exported = to_hf(model.cpu())
         except ImportError:
             fail("--export needs transformers: pip install transformers")
-        if isinstance(exported, dict):
-            os.makedirs(mode.export, exist_ok=True)
-            torch.save(exported, os.path.join(mode.export, "model.pth"))
-        else:
-            exported.save_pretrained(mode.export)
+        try:
+            if isinstance(exported, dict):
+                os.makedirs(mode.export, exist_ok=True)
+                torch.save(exported, os.path.join(mode.export, "model.pth"))
+            else:
+                exported.save_pretrained(mode.export)
+        except Exception as e:  # torch.save and safetensors each wrap the OSError of a full disk
+            shutil.rmtree(mode.export, ignore_errors=True)
+            fail(f"cannot write {mode.export}: {e}")
         print(f"wrote {path}, step {checkpoint['step']}, to {mode.export}")
 
 
@@ -477,7 +482,7 @@ class Run:
         """Take up the checkpoint that --resume names, if any; self.start_step is where to begin. A benchmark keeps nothing."""
         self.cfg, self.arch, self.world, self.model, self.optimizer, self.bench = cfg, arch, world, model, optimizer, bench
         self.pending, self.seconds, self.interrupted, self.stopping = deque(), [], False, False
-        self.start_step, self.saved, self.file = 0, None, None
+        self.start_step, self.saved, self.file, self.info, self.tokens_per_second = 0, None, None, None, None
         self.log_path, params = os.path.join(cfg.log_dir, "log.txt"), model.num_params()
         self.flops = model.flops_per_token()
         self.device_name = torch.cuda.get_device_name() if world.device.type == "cuda" else world.device.type
@@ -516,7 +521,7 @@ class Run:
             fail(f"{path} holds no state of this optimizer: {e}")
         for group, given in zip(self.optimizer.param_groups, options):
             group.update(given)  # decay and betas of this command line, not of the checkpoint's
-        self.start_step, self.saved = checkpoint["step"], path
+        self.start_step, self.saved, self.tokens_per_second = checkpoint["step"], path, checkpoint.get("tokens_per_second")
         if not 0 <= self.start_step <= cfg.max_steps:
             fail(f"{path} is at step {self.start_step}, beyond --max_steps={cfg.max_steps}")
         if cfg.resume != "auto" and any(step > self.start_step for step in checkpoints(cfg.log_dir)):
@@ -539,12 +544,17 @@ class Run:
             kept = [line for step, line in lines if step < self.start_step]
         here = shlex.quote(os.path.dirname(os.path.abspath(__file__)))
         commit = subprocess.getoutput(f"git -C {here} rev-parse HEAD 2>/dev/null")
-        info = {"arch": self.arch, "config": asdict(cfg), "params": params, "flops_per_token": self.flops, "git_commit": commit,
+        self.info = {"arch": self.arch, "config": asdict(cfg), "params": params, "flops_per_token": self.flops, "git_commit": commit,
                 "device": self.device_name, "processes": self.world.size, "torch": torch.__version__,
                 "python": sys.version.split()[0], "command": sys.argv}
         self.write("log.txt", lambda f: f.write("".join(kept).encode()))
-        self.write("run.json", lambda f: f.write(json.dumps(info, indent=1).encode()))
+        self.write_info()
         self.file = open(self.log_path, "a", buffering=1)
+
+    def write_info(self):
+        """run.json; tokens_per_second is that of the median step, without evaluations."""
+        info = {**self.info, "tokens_per_second": self.tokens_per_second}
+        self.write("run.json", lambda f: f.write(json.dumps(info, indent=1).encode()))
 
     def write(self, name, write):
         """A file of this run, whole or not at all: what was there before survives a full disk and a kill -9."""
@@ -648,9 +658,15 @@ class Run:
     def save(self, step):
         self.flush()
         if self.file:
+            if self.seconds:
+                self.tokens_per_second = round(self.cfg.total_batch_size / float(np.median(self.seconds)))
             state = {"arch": self.arch, "step": step, "config": asdict(self.cfg), "model": self.model.state_dict(),
-                     "optimizer": self.optimizer.state_dict()}
+                     "optimizer": self.optimizer.state_dict(), "tokens_per_second": self.tokens_per_second}
             self.saved = self.write(f"model_{step:05d}.pt", lambda f: torch.save(state, f))
+            self.write_info()
+            if self.cfg.keep_checkpoints:
+                for path in list(checkpoints(self.cfg.log_dir).values())[self.cfg.keep_checkpoints:]:
+                    os.remove(path)
         self.clock = time.perf_counter()
 
     def close(self):

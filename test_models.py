@@ -1507,6 +1507,31 @@ def test_a_full_disk_leaves_the_old_checkpoint(monkeypatch, capsys):
     train("gpt2", monkeypatch, *QUICK, "--resume=auto")
 
 
+@pytest.mark.parametrize("arch", ["gpt2", "rwkv"])
+def test_a_full_disk_leaves_no_half_export(arch, monkeypatch, capsys):
+    train(arch, monkeypatch, *quick(arch))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # no file may grow beyond this
+    try:
+        bad(capsys, lambda: train(arch, monkeypatch, *quick(arch), "--export=exported"), "cannot write exported")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not os.path.exists("exported")
+    train(arch, monkeypatch, *quick(arch), "--export=exported")
+
+
+def test_the_newest_checkpoints_stay(monkeypatch):
+    def steps():
+        return [int(path[-8:-3]) for path in sorted(glob.glob("log/gpt2-tiny/model_*.pt"))]
+    options = [*QUICK, "--checkpoint_interval=1", "--keep_checkpoints=2"]
+    train("gpt2", monkeypatch, *options)
+    assert steps() == [7, 8]
+    train("gpt2", monkeypatch, *options, "--keep_checkpoints=1", "--resume=auto")  # at its end: evaluated and saved again
+    assert steps() == [8] and json.load(open("log/gpt2-tiny/run.json"))["tokens_per_second"] > 0
+    train("gpt2", monkeypatch, *options, "--keep_checkpoints=0", "--log_dir=all")
+    assert len(glob.glob("all/model_*.pt")) == 8
+
+
 def test_a_bad_update_stops_the_run_and_is_never_saved(monkeypatch, capsys):
     bad(capsys, lambda: train("gpt2", monkeypatch, *QUICK, "--learning_rate=1e30", "--warmup_steps=0", "--grad_clip=1e30", "--checkpoint_interval=1"),
         "step", "learning_rate")

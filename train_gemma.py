@@ -64,6 +64,7 @@ class Config:
     val_tokens: int = 10485760  # validation tokens, from the start of the validation shard
     hella_limit: int = 10042  # HellaSwag items to score; 0: none
     checkpoint_interval: int = 1000  # steps between checkpoints; 0: only the last
+    keep_checkpoints: int = 0  # the newest so many checkpoints stay; 0: all
     sample_interval: int = 1000  # steps between text samples on the console; 0: never
     data_dir: str = "fineweb10B"  # folder of token shards
     log_dir: str = "log/gemma"  # folder of this run: log, checkpoints
