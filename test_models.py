@@ -41,6 +41,7 @@ import torch
 import torch.nn.functional as F
 
 import common
+import compare
 import fineweb
 import hellaswag
 
@@ -186,10 +187,10 @@ def test_importing_a_script_starts_nothing(arch):
 
 
 def test_the_imports_point_one_way():
-    for name, allowed in {"fineweb": set(), "hellaswag": {"common"}, "common": {"fineweb", "hellaswag"},
+    for name, allowed in {"fineweb": set(), "hellaswag": {"common"}, "common": {"fineweb", "hellaswag"}, "compare": {"common"},
                           **{f"train_{arch}": {"common"} for arch in ARCHS}}.items():
         text = open(os.path.join(ROOT, f"{name}.py")).read()
-        ours = {"common", "fineweb", "hellaswag", *(f"train_{arch}" for arch in ARCHS)}
+        ours = {"common", "compare", "fineweb", "hellaswag", *(f"train_{arch}" for arch in ARCHS)}
         assert set(re.findall(r"^\s*(?:import|from) (\w+)", text, re.M)) & ours <= allowed, name
 
 
@@ -1546,6 +1547,138 @@ def test_out_of_memory_says_what_to_do(error, monkeypatch, capsys):
         raise error
     monkeypatch.setattr(SCRIPTS["gpt2"].Model, "forward", forward)
     bad(capsys, lambda: train("gpt2", monkeypatch, *QUICK), "--batch_size", "the result is the same")
+
+
+# ---- compare.py ------------------------------------------------------------------------------------------------------
+
+def made_up(folder, arch="gpt2", val=4.0, hits=None, steps=1000, every=500, **options):
+    """A folder as a run leaves it behind; the validation loss falls by 1 a step of `every`, to val."""
+    config = {"n_layer": 2, "vocab_size": 50304, "total_batch_size": 1000, "max_steps": 1000, "warmup_steps": 10, "data_dir": "data",
+              "beta2": 0.95, "hella_limit": 100, "seed": 1, **options}
+    os.makedirs(folder)
+    evaluated = range(0, steps + 1, every)
+    with open(f"{folder}/log.txt", "w") as f:
+        for step in range(steps):
+            if step in evaluated:
+                f.write(f"{step} val {val + (evaluated[-1] - step) / every:.4f}\n")
+            f.write(f"{step} train 4.0\n")
+        if steps in evaluated:
+            f.write(f"{steps} val {val:.4f}\n")
+        if hits is not None:
+            np.save(f"{folder}/hella_{steps}.npy", hits)
+            f.write(f"{steps} hella {np.mean(hits):.4f}\n")
+    with open(f"{folder}/run.json", "w") as f:
+        json.dump({"arch": arch, "config": config, "params": {"total": 1234, "active": 1000, "non_embedding": 900}, "device": "cpu",
+                   "flops_per_token": 8e6, "processes": 2, "tokens_per_second": 500}, f)
+
+
+def compared(capsys, *paths):
+    """What compare.py prints for these: rows as dicts, in order."""
+    capsys.readouterr()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["compare.py", *paths])
+        compare.main()
+    head, rule, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
+    assert set("".join(rule)) == {"-"}
+    return [dict(zip(head, row, strict=True)) for row in rows]
+
+
+def test_the_sign_test_equals_scipy():
+    stats = pytest.importorskip("scipy.stats")
+    for wins, losses in (0, 0), (0, 1), (5, 5), (1, 9), (10, 3), (120, 80), (3000, 2800), (6000, 4042):
+        expected = stats.binomtest(wins, wins + losses).pvalue if wins + losses else 1.0
+        assert compare.sign_test(wins, losses) == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_table_ranks_and_compares(capsys):
+    rng = np.random.default_rng(0)
+    a, b = rng.random(100) < 0.4, rng.random(100) < 0.3
+    made_up("log/gpt2", val=3.5, hits=b)
+    made_up("log/llama", "llama", 3.2, a, beta2=0.99)
+    made_up("log/worse/phi", "phi", 3.9, b[:50])
+    first, second, third = rows = compared(capsys)
+    assert [row["model"] for row in rows] == ["llama", "gpt2", "phi"]
+    assert first["parameters"] == "1,234" and first["active"] == "1,000" and first["tokens"] == "1,000,000"
+    assert first["MFLOP/token"] == "8.0" and first["tokens/s"] == "500 on 2 x cpu" and first["validation loss"] == "3.2000"
+    assert first["HellaSwag acc_norm"] == f"{a.mean():.4f} ± {math.sqrt(a.mean() * (1 - a.mean()) / 100):.4f}"
+    assert first["remarks"] == "beta2=0.99" and second["remarks"] == "" and first["p"] == first["points to the first"] == "-"
+    only_b, only_a = int((b & ~a).sum()), int((a & ~b).sum())  # the table of McNemar's test
+    d, half = only_b - only_a, 1.96 * math.sqrt(only_b + only_a - (only_b - only_a) ** 2 / 100)  # points of 100 items
+    assert second["points to the first"] == f"{d:+.2f} [{d - half:+.2f}, {d + half:+.2f}]"
+    assert second["p"] == f"{compare.sign_test(only_b, only_a):.2g}"
+    assert third["p"] == "-"  # other items
+    assert compared(capsys, "log/worse", "log/gpt2", "log/llama/log.txt") == rows
+
+
+def test_seeds_share_a_line(capsys):
+    hits = [np.arange(100) % 10 < k for k in (3, 5, 2)]
+    made_up("log/gpt2-1", val=3.5, hits=hits[0], seed=1, log_dir="x", batch_size=4)
+    made_up("log/gpt2-2", val=3.1, hits=hits[1], seed=2, device="cuda", data_dir="/elsewhere/data/")
+    made_up("log/rwkv", "rwkv", 3.4, hits[2])
+    first, second = compared(capsys)
+    assert (first["model"], first["runs"], first["validation loss"]) == ("gpt2", "2", "3.3000 (3.1000 to 3.5000)")
+    assert first["HellaSwag acc_norm"].startswith("0.4000 ± 0.0436 (0.3000 to 0.5000)")  # of 0.3 both are right, of 0.2 one
+    assert second["points to the first"].startswith("-20.00") and second["p"] == f"{2 / 2 ** 30:.2g}"  # 30 items, all for gpt2
+    made_up("log/gpt2-3", val=3.5, hits=hits[0], seed=2)
+    assert compared(capsys)[0]["remarks"] == "a seed comes twice"
+    made_up("log/gpt2-4", val=3.0, hits=hits[0], n_layer=5)  # another model
+    assert {row["model"]: row["remarks"] for row in compared(capsys)} == {
+        "gpt2 (gpt2-4)": "", "gpt2 (gpt2-1)": "n_layer=2; a seed comes twice", "rwkv": ""}
+
+
+def test_what_is_not_comparable_is_marked(capsys):
+    made_up("log/a", "gpt2", 3.5)
+    made_up("log/b", "llama", 3.6)
+    made_up("log/c", "phi", 3.0, data_dir="other")
+    made_up("log/d", "gemma", 3.1, steps=700)
+    made_up("log/e", "rwkv", 3.2, learning_rate=1.0)
+    with open("log/d/log.txt", "a") as f:
+        f.write("700 tra")  # a line in the making
+    os.mkdir("log/build-nanogpt")
+    with open("log/build-nanogpt/log.txt", "w") as f:  # as its train_gpt2.py writes it
+        f.write("0 val 10.9527\n0 hella 0.2463\n0 train 10.955029\n1 train 10.6\n2 val 3.3\n2 hella 0.2955\n")
+    rows = {row["model"]: row for row in compared(capsys)}
+    assert list(rows) == ["gpt2", "llama", "phi", "gemma", "rwkv", "build-nanogpt"]
+    assert not rows["gpt2"]["remarks"] and not rows["llama"]["remarks"]
+    assert rows["phi"]["remarks"] == "not comparable: data_dir=other, others data"
+    assert rows["gemma"]["remarks"] == "not comparable: in progress, step 700 of 1000"
+    assert rows["gemma"]["tokens"] == "700,000" and rows["gemma"]["validation loss"] == "3.1000"
+    assert rows["rwkv"]["remarks"] == "not comparable: learning_rate=1.0, others None"
+    peer = rows["build-nanogpt"]
+    assert (peer["tokens"], peer["validation loss"], peer["parameters"]) == (f"{2 * 524288:,}", "3.3000", "-")
+    assert peer["HellaSwag acc_norm"] == "0.2955 ± 0.0046" and "no run.json" in peer["remarks"]
+
+
+def test_compare_reads_real_runs_and_draws(monkeypatch, capsys):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    for arch in "gpt2", "deepseek":
+        train(arch, monkeypatch, *quick(arch))
+    made_up("log/z", "phi", 3.0)
+    rows = compared(capsys, "log", "--plot=curves.png")
+    assert [row["tokens"] for row in rows[:2]] == ["4,096"] * 2 and all(row["active"] != "-" for row in rows)
+    assert float(rows[0]["validation loss"]) == stream_of("val", f"log/{rows[0]['model']}-tiny")[-1]
+    assert pyplot.imread("curves.png").std() > 0.05 and os.path.getsize("curves.png") < 200_000
+
+
+def test_compare_says_in_a_line_what_is_wrong(monkeypatch, capsys):
+    def attempt(*argv):
+        monkeypatch.setattr(sys, "argv", ["compare.py", *argv])
+        compare.main()
+    bad(capsys, lambda: attempt(), "log is not there")
+    os.makedirs("log/empty")
+    bad(capsys, lambda: attempt(), "no log.txt in log")
+    open("log/empty/log.txt", "w").close()
+    bad(capsys, lambda: attempt("log/empty"), "no log.txt in log/empty")
+    made_up("log/a", hits=np.ones(5, bool))
+    for name, content in ("hella_1000.npy", ""), ("hella_1000.npy", "xyz"), ("run.json", "{"), ("run.json", "{}"), ("run.json", "[]"):
+        with open(f"log/a/{name}", "w") as f:
+            f.write(content)
+        bad(capsys, lambda: attempt("log/a"), "log/a/", "damaged")
+        if name == "hella_1000.npy":
+            np.save("log/a/hella_1000.npy", np.ones(5, bool))
+    made_up("log/b")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    bad(capsys, lambda: attempt("log/b", "--plot=x.png"), "pip install matplotlib")
 
 
 # ---- fineweb.py: text to shards ---------------------------------------------------------------------------------------
