@@ -41,8 +41,8 @@ import hellaswag
 PROMPT = "Hello, I'm a language model,"
 BENCH_WARMUP = 5  # steps that --bench does not count: compilation, first allocations
 # dense bf16 peak in FLOP/s, NVIDIA's data sheets; the first name that is part of the device's name counts
-PEAK_FLOPS = {"A100": 312e12, "H100 PCIe": 756e12, "H100": 989.4e12, "GH200": 989.4e12, "H200": 989.4e12, "B200": 2250e12,
-              "RTX 3090": 71e12, "RTX 4090": 165.2e12}
+PEAK_FLOPS = {"A100": 312e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989.4e12, "GH200": 989.4e12, "H200": 989.4e12,
+              "B200": 2250e12, "RTX 3090": 71e12, "RTX 4090": 165.2e12}
 # --tiny: about a minute on two CPU cores; each script adds the size of its model
 TINY_TRAINING = dict(total_batch_size=1024, batch_size=16, max_steps=600, warmup_steps=40, learning_rate=3e-3,
                      eval_interval=150, val_tokens=32768, hella_limit=0, checkpoint_interval=300, sample_interval=600,
@@ -201,10 +201,10 @@ def write_tiny(folder):
 class DataLoader:
     """The shards of one split, in name order, as one endless stream of tokens.
 
-    Step s trains on tokens [s * total_batch_size, (s + 1) * total_batch_size) and on nothing else; rank and micro-step are
-    offsets into that. So the data of a step depends neither on the number of processes nor on when the run was resumed.
-    Past its end the stream starts again. Rows are cut without regard to documents, as GPT-2 and GPT-3 were trained
-    (GPT-3 paper, appendix B): attention may reach into the document before.
+    Step s reads tokens [s * total_batch_size, (s + 1) * total_batch_size), its targets are one later; rank and micro-step
+    are offsets into that. So the data of a step depends neither on the number of processes nor on when the run was resumed.
+    Past its end the stream starts again. Rows are cut without regard to documents, as for GPT-3 (its paper,
+    appendix B): attention may reach into the document before.
     """
 
     def __init__(self, cfg, split, world, synthetic=False):
@@ -254,7 +254,10 @@ class DataLoader:
         reads the next micro-batch while the device works on this one."""
         def load(start, rows):
             tokens = torch.from_numpy(self.read(start, rows * self.T + 1).view(np.int16))
-            return tokens.pin_memory() if self.world.device.type == "cuda" else tokens
+            if self.world.device.type != "cuda":
+                return tokens
+            torch.cuda.set_device(self.world.device)  # each thread has its own: GPU 0 else, where pinning leaves a context
+            return tokens.pin_memory()
 
         def batch(future, rows):
             tokens = future.result().to(self.world.device, non_blocking=True).long() & 0xFFFF  # widened there, not here
@@ -356,7 +359,7 @@ def generate(model, tokenizer, prompt, block_size, device, seed, new_tokens=100,
     return tokenizer.decode(ids)
 
 
-def load_hellaswag(cfg, world, tokenizer):
+def load_hellaswag(cfg, world, tokenizer, style="completion"):
     """The scorer for this run. None, said once, without file and network; a file that was asked for must be there."""
     def fetch():
         try:
@@ -371,10 +374,11 @@ def load_hellaswag(cfg, world, tokenizer):
         if not os.path.exists(hellaswag.FILE):
             return None
     try:
-        items = hellaswag.load(cfg.hellaswag_file)[:cfg.hella_limit]
+        items = hellaswag.load(cfg.hellaswag_file, style)[:cfg.hella_limit]
     except (OSError, ValueError) as e:
         fail(e)
-    return hellaswag.HellaSwag(items, tokenizer, cfg.block_size, cfg.batch_size * cfg.block_size, world, cfg.compile)
+    batch_tokens = cfg.batch_size * cfg.block_size
+    return hellaswag.HellaSwag(items, tokenizer, cfg.block_size, batch_tokens, world, cfg.compile, style)
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """
 Everything that NanoTitan claims, checked on a CPU:
 
-    pip install -r requirements.txt pytest pytest-xdist transformers rwkv && pytest -q -n 2
+    pip install -r requirements.txt pytest pytest-xdist transformers rwkv "lm_eval[hf]" matplotlib && pytest -q -n 2
 
 The references are ones that we did not write (transformers, rwkv) or plain restatements in the test itself (a naive loader, a
 HellaSwag loop of one item at a time, float64 formulas). Weights are random everywhere: fresh ones, with their zero biases
@@ -50,7 +50,8 @@ ARCHS = sorted(os.path.basename(p)[6:-3] for p in glob.glob(os.path.join(ROOT, "
 SCRIPTS = {arch: importlib.import_module(f"train_{arch}") for arch in ARCHS}
 SMALL = dict(n_layer=2, n_head=4, n_kv_head=2, head_dim=32, n_embd=64, ffn_dim=160, block_size=64, vocab_size=512, window=16,
              window_pattern=2, partial_rotary_factor=0.75, q_lora_rank=48, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8,
-             v_head_dim=20, moe_ffn_dim=48, n_routed_experts=16, n_activated_experts=4)  # those that a script has make its model small
+             v_head_dim=20, moe_ffn_dim=48, n_routed_experts=16, n_activated_experts=4,
+             n_group=4, topk_group=2)  # those that a script has make its model small
 MARKERS = "# ==== training loop: identical in every train_*.py ====", "# ==== end of training loop ===="
 each_arch = pytest.mark.parametrize("arch", ARCHS)
 each_transformer = pytest.mark.parametrize("arch", [arch for arch in ARCHS if arch != "rwkv"])
@@ -89,7 +90,7 @@ def gpt2_bpe():
 
 
 @pytest.fixture(scope="session")
-def hellaswag_items(tmp_path_factory):
+def hellaswag_path(tmp_path_factory):
     path = os.environ.get("HELLASWAG_FILE")
     if not path:
         path = str(tmp_path_factory.mktemp("hellaswag") / hellaswag.FILE)
@@ -97,7 +98,12 @@ def hellaswag_items(tmp_path_factory):
             hellaswag.fetch(path)
         except OSError as e:
             pytest.skip(f"no HELLASWAG_FILE and no network: {e}")
-    return hellaswag.load(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def hellaswag_items(hellaswag_path):
+    return hellaswag.load(hellaswag_path)
 
 
 @pytest.fixture(autouse=True)
@@ -403,8 +409,8 @@ MISTAKES = {
     "values of the layer before": ("rwkv", edit("TimeMix.forward", "torch.sigmoid(self.v0 + (xv @ self.v1) @ self.v2)", "torch.sigmoid(self.v0 + (xv @ self.v1) @ self.v2); v_first = v")),
     "keys changed before their norm": ("rwkv", edit("TimeMix.forward", "F.normalize(heads(k * self.k_k)", "F.normalize(heads(k * (1 + (rate - 1) * self.k_a) * self.k_k)")),
     "keys not normalised": ("rwkv", edit("TimeMix.forward", "F.normalize(heads(k * self.k_k), dim=-1)", "heads(k * self.k_k)")),
-    "bonus of the unchanged key": ("rwkv", edit("TimeMix.forward", "heads(r) * heads(k) * self", "heads(r) * heads(self.key(xk)) * self")),
-    "bonus in front of the norm": ("rwkv", edit("TimeMix.forward", "y = self.ln_x(y.transpose(1, 2).reshape(B * T, C)).view(B, T, C)", "y = self.ln_x((y + (heads(r) * heads(k) * self.r_k.unsqueeze(1)).sum(-1, keepdim=True) * heads(v)).transpose(1, 2).reshape(B * T, C)).view(B, T, C)")),
+    "bonus of the unchanged key": ("rwkv", edit("TimeMix.forward", "r * k * self", "r * heads(self.key(xk)) * self")),
+    "bonus in front of the norm": ("rwkv", edit("TimeMix.forward", "y = self.ln_x(y.transpose(1, 2).reshape(B * T, C)).view(B, T, C)", "y = self.ln_x((y + (r * k * self.r_k.unsqueeze(1)).sum(-1, keepdim=True) * v_heads).transpose(1, 2).reshape(B * T, C)).view(B, T, C)")),
     "state read before it is written": ("rwkv", lambda model, script, patch: patch.setattr(script, "wkv", lambda r, w, k, v, a, b, state, chunk: reversed_step(r, w, k, v, a, b, state))),
     "relu not squared": ("rwkv", edit("ChannelMix.forward", "k * k", "k")),
     "no rate": ("rwkv", edit("TimeMix.forward", "kk * heads(rate)", "kk")),
@@ -987,7 +993,7 @@ BAD_SHAPES = [("gpt2", "--n_head=5", "n_head=5"), ("llama", "--n_head=5", "n_hea
               ("phi", "--partial_rotary_factor=0", "rotary"), ("gemma", "--head_dim=33", "head_dim=33"), ("gemma", "--window_pattern=0", "window_pattern=0"),
               ("deepseek", "--qk_rope_head_dim=7", "qk_rope_head_dim=7"), ("deepseek", "--moe_ffn_dim=100", "moe_ffn_dim=100"),
               ("deepseek", "--n_dense_layer=12", "n_dense_layer=12"), ("deepseek", "--n_group=3", "n_group=3"), ("deepseek", "--n_group=8", "n_group=8"),
-              ("deepseek", "--topk_group=5", "topk_group=5"), ("deepseek", "--n_activated_experts=5", "n_activated_experts=5"),
+              ("deepseek", "--topk_group=5", "topk_group=5"), ("deepseek", "--n_activated_experts=9", "n_activated_experts=9"),
               ("deepseek", "--block_size=1", "block_size=1"), ("rwkv", "--head_dim=48", "head_dim=48"), ("rwkv", "--head_dim=1", "head_dim=1"), ("rwkv", "--chunk_size=48", "chunk_size=48")]
 
 
@@ -1389,9 +1395,69 @@ def test_hellaswag_from_the_shell(monkeypatch, gpt2_bpe, hellaswag_items):
     assert ours.stdout.splitlines()[:2] == theirs.stdout.splitlines()[:2]
     acc_norm = re.search(r"acc_norm (0\.\d{4}) \+- 0\.\d{4}  \(\d+/30\)", ours.stdout)[1]
     assert float(acc_norm) == stream_of("hella", "log/gpt2-tiny")[-1] and "items/s" in ours.stdout
+    with open("h.jsonl") as f:
+        items = [json.loads(line) for line in f]
+    with open("raw.jsonl", "w") as f:
+        f.writelines(json.dumps({**item, "activity_label": "Doing", "ctx_a": item["ctx"], "ctx_b": ""}) + "\n" for item in items)
+    ours = shell("hellaswag.py", "exported", "--hellaswag_file=raw.jsonl", "--style=lm-eval")
+    assert ours.returncode == 0 and "/30)" in ours.stdout
+    lacking = shell("hellaswag.py", "log/gpt2-tiny/model_00008.pt", "--hellaswag_file=h.jsonl", "--style=lm-eval")
+    assert lacking.returncode == 1 and lacking.stderr.count("\n") == 1 and "line 1" in lacking.stderr and "ctx_a" in lacking.stderr
     for name in "nothing.pt", "h.jsonl":
         result = shell("hellaswag.py", name, "--hellaswag_file=h.jsonl")
         assert result.returncode == 1 and result.stderr.count("\n") == 1 and name in result.stderr
+
+
+def lm_eval_items(path, n=600):
+    """Real items with the fields of the original file, where a copy has the context in one piece: cut into two at its
+    last sentence. Every sixth gets WikiHow's markers, which a copy may lack."""
+    with (lzma.open if path.endswith(".xz") else open)(path, "rb") as f:
+        items = [json.loads(line) for line in f.readlines()[::10042 // n][:n]]
+    for i, item in enumerate(items):
+        if "ctx_a" not in item:
+            first, dot, last = item["ctx"].rpartition(". ")
+            item["ctx_a"], item["ctx_b"] = first + dot.strip(), last
+        if i % 6 == 0:
+            item["ctx_a"] = "[header] " + item["ctx_a"].replace(". ", " [title] ", 1)
+            item["ctx_b"] += (" [step]", "  [substeps] ", " [title]")[i % 18 // 6]
+            item["endings"][i % 4] = " [header] " + item["endings"][i % 4].replace(" ", "  ", 2) + " [title] \u00c9" + "\u00e9" * 40 + " [step]."
+    return items
+
+
+def test_lm_eval_style_equals_the_harness(gpt2_bpe, hellaswag_path):
+    """lm-evaluation-harness, run on the export of a random model, finds the same likelihoods and answers for 600 real items."""
+    lm_eval = pytest.importorskip("lm_eval")
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+    from tiktoken.load import read_file_cached
+    from transformers import GPT2TokenizerFast
+
+    class Folded(HFLM):
+        def tok_encode(self, *args, **kw):  # as Reduced: a small vocabulary is quick
+            return [t % Reduced.n_vocab for t in super().tok_encode(*args, **kw)]
+    os.mkdir("tokenizer")
+    for name, file in ("vocab.json", "encoder.json"), ("merges.txt", "vocab.bpe"):
+        with open(f"tokenizer/{name}", "wb") as f:
+            f.write(read_file_cached(f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{file}"))
+    items = lm_eval_items(hellaswag_path)
+    with open("items.jsonl", "w") as f:
+        f.writelines(json.dumps({k: item[k] for k in ("ctx", "activity_label", "ctx_a", "ctx_b", "endings", "label")}) + "\n" for item in items)
+    os.mkdir("tasks")
+    with open("tasks/local.yaml", "w") as f:  # the harness's own task, on a local file
+        f.write(f"include: {os.path.dirname(lm_eval.__file__)}/tasks/hellaswag/hellaswag.yaml\ntask: local\ndataset_path: json\n"
+                f"dataset_kwargs: {{data_files: {{validation: {os.path.abspath('items.jsonl')}}}}}\ntraining_split: null\n")
+    model = small_model("gpt2", vocab_size=Reduced.n_vocab, block_size=512)
+    theirs = Folded(SCRIPTS["gpt2"].to_hf(model), tokenizer=GPT2TokenizerFast.from_pretrained("tokenizer"), batch_size=8, device="cpu")
+    theirs = lm_eval.simple_evaluate(theirs, tasks=["local"], task_manager=TaskManager(include_path="tasks"), log_samples=True, bootstrap_iters=0)
+    samples = sorted(theirs["samples"]["local"], key=lambda sample: sample["doc_id"])
+    expected = -torch.tensor([[float(choice[0]) for choice in sample["filtered_resps"]] for sample in samples])
+    answers = np.array([[sample["acc"], sample["acc_norm"]] for sample in samples]).T.astype(bool)
+    world = common.World(torch.device("cpu"))
+    ours, other = (hellaswag.HellaSwag(hellaswag.load("items.jsonl", style), Reduced(gpt2_bpe), 512, 4096, world, style=style)
+                   for style in ("lm-eval", "completion"))
+    assert expected.shape == (600, 4) and (np.array(ours.score(model)) == answers).all()
+    torch.testing.assert_close(ours.losses(model), expected, atol=2e-3, rtol=0)
+    assert ((other.losses(model) - expected).abs() > 0.02).float().mean() > 0.9  # the other style is another task
 
 
 def test_bench_keeps_nothing(monkeypatch, capsys):

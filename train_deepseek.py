@@ -7,6 +7,7 @@ DeepSeek-V3 (DeepSeek-AI 2024, "DeepSeek-V3 Technical Report", arXiv 2412.19437)
 - balance by a bias that moves the choice alone, after each update, and by a weak loss per sequence (section 2.1.2)
 - multi-token prediction: while training, one more block predicts the token after the next (section 2.2)
 - all weights start at a standard deviation of 0.006 (section 4.2)
+V3's expert groups, which save traffic between nodes, are an option; its head is not the embedding, here it is.
 122,999,040 parameters, of which a token uses 84,070,656; 8,212,864 more in the block that is for training alone.
 
     python train_deepseek.py --tiny                        # no data, no GPU: a minute on a laptop
@@ -52,8 +53,9 @@ class Config:
     n_routed_experts: int = 8  # experts to choose from
     n_activated_experts: int = 2  # experts that a token uses of these
     n_shared_experts: int = 1  # and experts that every token uses
-    n_group: int = 4  # groups of experts; V3 has 8, one a node
-    topk_group: int = 2  # groups that a token's experts may come from; half of them, as in V3
+    # V3 has 8 groups, one a node, and ranks them by their n_activated_experts / topk_group best experts; here by two
+    n_group: int = 1  # groups of experts
+    topk_group: int = 1  # groups that a token's experts may come from
     route_scale: float = 1.41  # of the experts' weights: about 1 / their norm at the start; V3 has 2.5 for its 8
     mtp: bool = True  # train with multi-token prediction
     # training
@@ -110,7 +112,7 @@ TINY = dict(block_size=64, vocab_size=256, n_layer=4, n_head=4, n_embd=128, q_lo
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) in fp32, rounded to the precision of x, then times the weight (RMSNorm in the paper's model.py)."""
+    """x / rms(x) in fp32, rounded to the precision of x, then times the weight (as DeepseekV3RMSNorm in transformers)."""
 
     def __init__(self, dim, eps=1e-6):
         super().__init__()
@@ -238,8 +240,9 @@ class Experts(nn.Module):
     """The routed experts. No token is dropped, and no shape depends on the choice.
 
     F.grouped_mm is one kernel for bf16 on sm90 (H100), and the host never waits for the device. On an A100 it becomes a
-    product per expert, for whose sizes the host does wait; the result is the same. torch.compile takes it in bf16 alone:
-    in fp32 `definition` stands in."""
+    product per expert, for whose sizes the host does wait; the result is the same. On sm100 (B200) PyTorch has reported
+    wrong gradients for experts without tokens (its issue 172439). torch.compile takes it in bf16 alone: in fp32
+    `definition` stands in."""
 
     def __init__(self, cfg):
         super().__init__()

@@ -92,7 +92,7 @@ TINY = dict(block_size=64, vocab_size=256, n_layer=4, n_head=4, n_kv_head=2, hea
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * (1 + w), all in fp32, then rounded to the precision of x (Google's gemma/gm/nn/_layers.py)."""
+    """x / rms(x) * (1 + w), all in fp32, then rounded to the precision of x (google/gemma_pytorch)."""
 
     def __init__(self, dim, eps):
         super().__init__()
@@ -214,8 +214,8 @@ class Model(nn.Module):
             self.register_buffer(name, rope_table(cfg.block_size, cfg.head_dim, theta), persistent=False)
         self.block_mask = None  # for local layers and rows of block_size, once compiled on CUDA
         for p in self.parameters():
-            if p.dim() == 2:  # the report gives no initialisation: GPT-2's, but for residual projections, whose scale
-                nn.init.normal_(p, std=0.02)  # the norm behind them takes away
+            if p.dim() == 2:  # the report gives no initialisation: as transformers; residual projections too, whose
+                nn.init.normal_(p, std=0.02)  # scale the norm behind them takes away
 
     def compile(self, **options):
         """nn.Module.compile; on CUDA the rows of a training step go to flex_attention from now on."""

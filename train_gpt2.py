@@ -161,7 +161,7 @@ class Model(nn.Module):
         return {"total": total, "active": total, "non_embedding": total - embedding}
 
     def flops_per_token(self):
-        """Forward and backward: 6 N + 12 L d T, N all that enters a matrix product: everything but the positions."""
+        """Forward and backward: 6 N + 12 L d T, N all parameters but the positions."""
         cfg = self.cfg
         n = self.num_params()["total"] - self.transformer.wpe.weight.numel()
         return 6 * n + 12 * cfg.n_layer * cfg.n_embd * cfg.block_size

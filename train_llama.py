@@ -7,6 +7,7 @@ LLaMA 3 (Grattafiori et al. 2024, "The Llama 3 Herd of Models", arXiv 2407.21783
 - no biases
 The 8B model at the size of GPT-2 124M, its embedding tied as in LLaMA 3.2 1B: 123,587,328 parameters. The report masks
 attention across documents and found little effect but in long contexts (section 3.2); here, as everywhere, it crosses.
+Its learning rate, 8e-5 for 405B, falls to 1%; here it is everybody's.
 
     python train_llama.py --tiny                           # no data, no GPU: a minute on a laptop
     python train_llama.py                                  # one GPU, after python fineweb.py

@@ -120,8 +120,8 @@ def window_block_mask(T, window, device):
 
 
 def sliding_window_attention(q, k, v, window, block_mask=None):
-    """Position i attends to i - window + 1 ... i, as in Mistral's and Hugging Face's code (the paper's text has one
-    more): q (B, H, T, D), k and v (B, H_kv, T, D) -> (B, H, T, D).
+    """Position i attends to i - window + 1 ... i, as in Mistral's cache.py and in transformers (the paper's text has
+    one more): q (B, H, T, D), k and v (B, H_kv, T, D) -> (B, H, T, D).
     With a block_mask by flex_attention, which skips what lies outside the window, but needs a compiled model and, for
     gradients, CUDA. Else in blocks of `window` queries, each against its own keys and those of the block before:
     2 window scores a query instead of T, on every device."""

@@ -5,7 +5,8 @@ Phi-4 (Abdin et al. 2024, arXiv 2412.08905) at the size of GPT-2 124M. What diff
 - partial rotary positions by option: Phi-4-mini turns 0.75 of each head and leaves the rest (arXiv 2503.01743); the 14B
   model turns all, which is the default here
 As LLaMA: RMSNorm, 4 query heads to a key-value head, SwiGLU, no biases, full attention. The 14B model does not tie its
-embedding, Phi-4-mini does, as all models here. 123,587,328 parameters. Phi-4's strength is its data, which is not ours.
+embedding, Phi-4-mini does, as this one; the report's learning rate falls linearly from 3e-4, here it is everybody's.
+123,587,328 parameters. Phi-4's strength is its data, which is not ours.
 
     python train_phi.py --tiny                           # no data, no GPU: a minute on a laptop
     python train_phi.py                                  # one GPU, after python fineweb.py

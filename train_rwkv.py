@@ -48,7 +48,7 @@ class Config:
     warmup_steps: int = 715  # steps of linear warm-up, 375M tokens as GPT-3
     learning_rate: float = 6e-4  # peak, GPT-3 table 2.1
     min_lr_ratio: float = 0.1  # the cosine ends at this part of the peak
-    weight_decay: float = 0.1  # on matrices and embeddings
+    weight_decay: float = 0.1  # on linear layers and embeddings
     beta1: float = 0.9  # AdamW
     beta2: float = 0.99  # AdamW; the paper's, others 0.95
     grad_clip: float = 1.0  # global gradient norm
@@ -209,9 +209,9 @@ class TimeMix(nn.Module):
             return x.float().unflatten(-1, (-1, self.cfg.head_dim)).transpose(1, 2)
 
         kk = F.normalize(heads(k * self.k_k), dim=-1)
-        k = k * (1 + (rate - 1) * self.k_a)
+        r, k, v_heads = heads(r), heads(k * (1 + (rate - 1) * self.k_a)), heads(v)
         with torch.autocast(x.device.type, enabled=False):
-            args = heads(r), heads(log_w), heads(k), heads(v), -kk, kk * heads(rate), state
+            args = r, heads(log_w), k, v_heads, -kk, kk * heads(rate), state
             if T == 1:
                 y, state = wkv_step(*(z.squeeze(2) for z in args[:-1]), state)
                 y = y.unsqueeze(2)
@@ -220,7 +220,7 @@ class TimeMix(nn.Module):
             else:
                 y, state = wkv(*args, self.cfg.chunk_size)
         y = self.ln_x(y.transpose(1, 2).reshape(B * T, C)).view(B, T, C)
-        bonus = (heads(r) * heads(k) * self.r_k.unsqueeze(1)).sum(-1, keepdim=True) * heads(v)
+        bonus = (r * k * self.r_k.unsqueeze(1)).sum(-1, keepdim=True) * v_heads
         y = y + bonus.transpose(1, 2).reshape(B, T, C)
         return self.output(y.type_as(g) * g), v_first, x[:, -1], state
 
@@ -318,13 +318,13 @@ class Model(nn.Module):
 
     def num_params(self):
         total = sum(p.numel() for p in self.parameters())
-        return {"total": total, "active": total, "non_embedding": total - self.emb.weight.numel()}
+        return {"total": total, "active": total, "non_embedding": total - 2 * self.emb.weight.numel()}
 
     def flops_per_token(self):
         """Forward and backward: 6 N + 27 d D a layer, N without the embedding, which enters no product. A step of the
         state, D x D in each of d / D heads, takes 9 D^2; that is counted, not what a form of it computes on top."""
-        cfg = self.cfg
-        return 6 * self.num_params()["non_embedding"] + 27 * cfg.n_layer * cfg.n_embd * cfg.head_dim
+        cfg, N = self.cfg, self.num_params()["total"] - self.emb.weight.numel()
+        return 6 * N + 27 * cfg.n_layer * cfg.n_embd * cfg.head_dim
 
     def configure_optimizers(self, cfg, device_type):
         """AdamW that decays the matrices named weight alone and moves w0 twice as fast (model.py); fused into one
