@@ -1420,7 +1420,7 @@ def lm_eval_items(path, n=600):
         if i % 6 == 0:
             item["ctx_a"] = "[header] " + item["ctx_a"].replace(". ", " [title] ", 1)
             item["ctx_b"] += (" [step]", "  [substeps] ", " [title]")[i % 18 // 6]
-            item["endings"][i % 4] = " [header] " + item["endings"][i % 4].replace(" ", "  ", 2) + " [title] \u00c9" + "\u00e9" * 40 + " [step]."
+            item["endings"][i % 4] = " [header] " + item["endings"][i % 4].replace(" ", "  ", 2) + " [title] " + "\u2014" * 8 + " [step]."
     return items
 
 
