@@ -139,11 +139,13 @@ class World:
         return x
 
     def local_first(self, work):
-        """work() writes files: one process of each machine does it while the others wait."""
-        if self.local_rank == 0:
-            work()
-        if self.size > 1:
-            dist.barrier()
+        """work() writes files: one process of each machine does it while the others wait, and the machines in turn, since
+        they may share the disk."""
+        for rank in range(self.size):
+            if rank == self.rank and self.local_rank == 0:
+                work()
+            if self.size > 1:
+                dist.barrier()
 
 
 def default_device():

@@ -25,6 +25,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -1339,6 +1340,21 @@ def test_processes_and_micro_batches_do_not_change_the_result(arch, monkeypatch)
         for name, bias in common.read_checkpoint("log/a/model_00008.pt")["model"].items():
             if name.endswith("correction_bias"):
                 assert bias.any() and torch.equal(bias, common.read_checkpoint(f"log/{other}/model_00008.pt")["model"][name])
+
+
+def test_two_machines_train_as_one():
+    """Two agents of torchrun that meet over the network, in one folder, leave the log of two processes of one machine."""
+    with contextlib.closing(socket.socket()) as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
+             f"--rdzv_endpoint=127.0.0.1:{port}", os.path.join(ROOT, "train_gpt2.py"), *QUICK, "--log_dir=log/two"]
+    agents = [subprocess.Popen(agent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    outputs = [process.communicate()[0] for process in agents]
+    assert all(process.returncode == 0 for process in agents), outputs
+    result = shell("train_gpt2.py", *QUICK, "--log_dir=log/one", processes=2)
+    assert result.returncode == 0 and log_of("log/two") == log_of("log/one"), result.stderr
+    assert json.load(open("log/two/run.json"))["processes"] == 2
 
 
 @each_arch
