@@ -396,13 +396,13 @@ def read_checkpoint(path):
     except Exception as e:  # a damaged file can raise anything in torch.load
         if isinstance(e, pickle.UnpicklingError):
             e = "damaged, or not plain data: it may carry code, which was not run"
-        raise ValueError(f"{path} is not a readable checkpoint: {e}") from None
+        raise ValueError(f"{path} is not a readable checkpoint: {str(e) or 'it is empty'}") from None
 
 
 def checkpoints(folder):
     """{step: path} of the checkpoints in a folder, the newest first."""
     found = {int(m[1]): path for path in glob.glob(os.path.join(glob.escape(folder), "model_*.pt"))
-             if (m := re.search(r"model_(\d+)\.pt$", path))}
+             if (m := re.fullmatch(r"model_(\d{5,})\.pt", os.path.basename(path))) and os.path.isfile(path)}
     return dict(sorted(found.items(), reverse=True))
 
 
@@ -513,7 +513,7 @@ class Run:
         if path is None:
             return self.say(f"no checkpoint in {cfg.log_dir}: beginning at step 0")
         check_arch(self.arch, path, checkpoint)
-        names, saved, now = [f.name for f in fields(cfg)], checkpoint["config"], asdict(cfg)
+        names, saved, now = [f.name for f in fields(cfg)], checkpoint["config"], asdict(self.model.cfg)
         differ = [n for n in names if saved.get(n) != now[n] and n != "resume"]
         fixed = [n for n in differ if n in names[:names.index("total_batch_size")] or n == "optimizer"]
         if fixed:
@@ -538,16 +538,16 @@ class Run:
 
     def open_log(self, params):
         """Drop what an earlier process logged from start_step on (and a torn last line); describe the run in run.json."""
-        cfg, kept = self.cfg, []
+        cfg, lines = self.cfg, []
         if os.path.exists(self.log_path):
             with open(self.log_path, errors="replace", newline="\n") as f:
                 lines = [(int(m[1]), line) for line in f if (m := re.fullmatch(r"(\d+) \w+ \S+\n", line))]
-            last = max((step for step, line in lines if " train " in line), default=-1)
-            if not cfg.resume and (checkpoints(cfg.log_dir) or last >= 0):
-                fail(f"{cfg.log_dir} holds a run: go on with the same command and --resume=auto, or choose another --log_dir")
-            if not self.saved and last >= cfg.checkpoint_interval > 0:
-                fail(f"{cfg.log_dir} holds a log up to step {last} and no checkpoint: put one back, or choose another --log_dir")
-            kept = [line for step, line in lines if step < self.start_step]
+        last = max((step for step, line in lines if " train " in line), default=-1)
+        if not cfg.resume and (checkpoints(cfg.log_dir) or last >= 0):
+            fail(f"{cfg.log_dir} holds a run: go on with the same command and --resume=auto, or choose another --log_dir")
+        if not self.saved and last >= cfg.checkpoint_interval > 0:
+            fail(f"{cfg.log_dir} holds a log up to step {last} and no checkpoint: put one back, or choose another --log_dir")
+        kept = [line for step, line in lines if step < self.start_step]
         here = shlex.quote(os.path.dirname(os.path.abspath(__file__)))
         commit = subprocess.getoutput(f"git -C {here} rev-parse HEAD 2>/dev/null")
         self.info = {"arch": self.arch, "config": asdict(cfg), "params": params, "flops_per_token": self.flops, "git_commit": commit,
@@ -666,12 +666,12 @@ class Run:
         if self.file:
             if self.seconds:
                 self.tokens_per_second = round(self.cfg.total_batch_size / float(np.median(self.seconds)))
-            state = {"arch": self.arch, "step": step, "config": asdict(self.cfg), "model": self.model.state_dict(),
+            state = {"arch": self.arch, "step": step, "config": asdict(self.model.cfg), "model": self.model.state_dict(),
                      "optimizer": self.optimizer.state_dict(), "tokens_per_second": self.tokens_per_second}
             self.saved = self.write(f"model_{step:05d}.pt", lambda f: torch.save(state, f))
             self.write_info()
-            if self.cfg.keep_checkpoints:
-                for path in list(checkpoints(self.cfg.log_dir).values())[self.cfg.keep_checkpoints:]:
+            if self.cfg.keep_checkpoints:  # one of a later step would be damaged: it was passed over, and is not counted
+                for path in [p for s, p in checkpoints(self.cfg.log_dir).items() if s <= step][self.cfg.keep_checkpoints:]:
                     os.remove(path)
         self.clock = time.perf_counter()
 

@@ -64,7 +64,8 @@ def load(path, style="completion"):
                     raise ValueError
                 items.append(item)
         except (ValueError, KeyError, TypeError, RecursionError):
-            raise ValueError(f"{path}, line {n}: not a HellaSwag item ({', '.join(names)}, four endings, label 0..3)") from None
+            raise ValueError(f"{path}, line {n}: not an item of the original file, with the texts {', '.join(names)}, four endings "
+                             "and a label 0..3") from None
         except (EOFError, lzma.LZMAError) as e:
             raise ValueError(f"{path}: damaged after line {len(items)}: {e}") from None
     if not items:

@@ -31,6 +31,7 @@ import sys
 import textwrap
 import threading
 import time
+import types
 import urllib.parse
 from dataclasses import fields
 
@@ -1615,6 +1616,22 @@ def test_the_newest_checkpoints_stay(monkeypatch):
     assert len(glob.glob("all/model_*.pt")) == 8
 
 
+def test_rotation_takes_nothing_else(monkeypatch, capsys):
+    """A damaged newer checkpoint, which --resume passes over, does not count; files of other names stay."""
+    options = [*QUICK, "--checkpoint_interval=1", "--keep_checkpoints=1", "--log_dir=run"]
+    train("gpt2", monkeypatch, *options)
+    others = ["run/model_best_model_00001.pt", "run/model_3.pt", "run/model_00100.pt"]
+    for path in others:
+        open(path, "w").close()
+    os.mkdir("run/model_00002.pt")
+    os.rename("run/model_00008.pt", "run/model_00005.pt")
+    train("gpt2", monkeypatch, *options, "--resume=auto")
+    assert sorted(glob.glob("run/model_*.pt")) == sorted([*others, "run/model_00002.pt", "run/model_00008.pt"])
+    assert "run/model_00100.pt is not a readable checkpoint" in capsys.readouterr().err
+    os.remove("run/log.txt")
+    bad(capsys, lambda: train("gpt2", monkeypatch, *options), "holds a run")
+
+
 def test_a_bad_update_stops_the_run_and_is_never_saved(monkeypatch, capsys):
     bad(capsys, lambda: train("gpt2", monkeypatch, *QUICK, "--learning_rate=1e30", "--warmup_steps=0", "--grad_clip=1e30", "--checkpoint_interval=1"),
         "step", "learning_rate")
@@ -1636,7 +1653,7 @@ def test_out_of_memory_says_what_to_do(error, monkeypatch, capsys):
 def made_up(folder, arch="gpt2", val=4.0, hits=None, steps=1000, every=500, **options):
     """A folder as a run leaves it behind; the validation loss falls by 1 a step of `every`, to val."""
     config = {"n_layer": 2, "vocab_size": 50304, "total_batch_size": 1000, "max_steps": 1000, "warmup_steps": 10, "data_dir": "data",
-              "beta2": 0.95, "hella_limit": 100, "seed": 1, **options}
+              "beta2": 0.95, "hella_limit": 100, "hellaswag_file": "items", "seed": 1, **options}
     os.makedirs(folder)
     evaluated = range(0, steps + 1, every)
     with open(f"{folder}/log.txt", "w") as f:
@@ -1677,7 +1694,7 @@ def test_the_table_ranks_and_compares(capsys):
     a, b = rng.random(100) < 0.4, rng.random(100) < 0.3
     made_up("log/gpt2", val=3.5, hits=b)
     made_up("log/llama", "llama", 3.2, a, beta2=0.99)
-    made_up("log/worse/phi", "phi", 3.9, b[:50])
+    made_up("log/worse/phi", "phi", 3.9, b[:50], hella_limit=50)
     first, second, third = rows = compared(capsys)
     assert [row["model"] for row in rows] == ["llama", "gpt2", "phi"]
     assert first["parameters"] == "1,234" and first["active"] == "1,000" and first["tokens"] == "1,000,000"
@@ -1700,12 +1717,28 @@ def test_seeds_share_a_line(capsys):
     first, second = compared(capsys)
     assert (first["model"], first["runs"], first["validation loss"]) == ("gpt2", "2", "3.3000 (3.1000 to 3.5000)")
     assert first["HellaSwag acc_norm"].startswith("0.4000 ± 0.0436 (0.3000 to 0.5000)")  # of 0.3 both are right, of 0.2 one
-    assert second["points to the first"].startswith("-20.00") and second["p"] == f"{2 / 2 ** 30:.2g}"  # 30 items, all for gpt2
+    error = np.std([0.5] * 20 + [1] * 10 + [0] * 70) * 10  # rwkv has 0.1 of 0.2 that both have right: 0.2 by one, 0.1 by both
+    assert second["points to the first"] == f"-20.00 [{-20 - 1.96 * error:+.2f}, {-20 + 1.96 * error:+.2f}]"
+    assert float(second["p"]) == pytest.approx(math.erfc(20 / error / math.sqrt(2)), rel=0.05)
     made_up("log/gpt2-3", val=3.5, hits=hits[0], seed=2)
     assert compared(capsys)[0]["remarks"] == "a seed comes twice"
+    os.symlink("..", "log/gpt2-3/up")
+    os.symlink("gpt2-3", "log/latest")
+    assert compared(capsys, "log", "log/rwkv", "log/rwkv/log.txt")[0]["runs"] == "3"  # each once
     made_up("log/gpt2-4", val=3.0, hits=hits[0], n_layer=5)  # another model
     assert {row["model"]: row["remarks"] for row in compared(capsys)} == {
         "gpt2 (gpt2-4)": "", "gpt2 (gpt2-1)": "n_layer=2; a seed comes twice", "rwkv": ""}
+
+
+def test_p_values_of_equal_models_are_even():
+    """1 run against 1, 2 against 2, 3 against 1 of the same model: one in twenty p-values is below 0.05."""
+    rng = np.random.default_rng(0)
+    for a, b in (1, 1), (2, 2), (3, 1):
+        chance, low = rng.beta(0.6, 1.4, 2000), 0
+        for _ in range(200):
+            g, leader = (types.SimpleNamespace(runs=[None] * n, items="same", hits=(rng.random((n, 2000)) < chance).mean(0)) for n in (a, b))
+            low += float(compare.against(g, leader)[1]) < 0.05
+        assert low <= 22, (a, b, low)
 
 
 def test_what_is_not_comparable_is_marked(capsys):
@@ -1714,18 +1747,24 @@ def test_what_is_not_comparable_is_marked(capsys):
     made_up("log/c", "phi", 3.0, data_dir="other")
     made_up("log/d", "gemma", 3.1, steps=700)
     made_up("log/e", "rwkv", 3.2, learning_rate=1.0)
+    made_up("log/f", "gpt2", 2.0, init_from="gpt2")
+    made_up("log/g", "llama", 2.5, steps=300, every=100, seed=2)
+    made_up("log/h", "deepseek", 2.1, every=300)
     with open("log/d/log.txt", "a") as f:
         f.write("700 tra")  # a line in the making
     os.mkdir("log/build-nanogpt")
     with open("log/build-nanogpt/log.txt", "w") as f:  # as its train_gpt2.py writes it
         f.write("0 val 10.9527\n0 hella 0.2463\n0 train 10.955029\n1 train 10.6\n2 val 3.3\n2 hella 0.2955\n")
     rows = {row["model"]: row for row in compared(capsys)}
-    assert list(rows) == ["gpt2", "llama", "phi", "gemma", "rwkv", "build-nanogpt"]
-    assert not rows["gpt2"]["remarks"] and not rows["llama"]["remarks"]
-    assert rows["phi"]["remarks"] == "not comparable: data_dir=other, others data"
+    assert list(rows) == ["gpt2 (a)", "llama (b)", "gpt2 (f)", "deepseek", "llama (g)", "phi", "gemma", "rwkv", "build-nanogpt"]
+    assert not rows["gpt2 (a)"]["remarks"] and not rows["llama (b)"]["remarks"]
+    assert rows["gpt2 (f)"]["remarks"] == "not comparable: init_from=gpt2 instead of ''"
+    assert rows["llama (g)"]["remarks"] == "not comparable: in progress, step 300 of 1000"  # and the finished seed stays above
+    assert rows["deepseek"]["remarks"] == "not comparable: validation loss of step 900, not 1000"
+    assert rows["phi"]["remarks"] == "not comparable: data_dir=other instead of data"
     assert rows["gemma"]["remarks"] == "not comparable: in progress, step 700 of 1000"
     assert rows["gemma"]["tokens"] == "700,000" and rows["gemma"]["validation loss"] == "3.1000"
-    assert rows["rwkv"]["remarks"] == "not comparable: learning_rate=1.0, others None"
+    assert rows["rwkv"]["remarks"] == "not comparable: learning_rate=1.0 instead of None"
     peer = rows["build-nanogpt"]
     assert (peer["tokens"], peer["validation loss"], peer["parameters"]) == (f"{2 * 524288:,}", "3.3000", "-")
     assert peer["HellaSwag acc_norm"] == "0.2955 ± 0.0046" and "no run.json" in peer["remarks"]
@@ -1748,19 +1787,29 @@ def test_compare_says_in_a_line_what_is_wrong(monkeypatch, capsys):
         compare.main()
     bad(capsys, lambda: attempt(), "log is not there")
     os.makedirs("log/empty")
-    bad(capsys, lambda: attempt(), "no log.txt in log")
+    bad(capsys, lambda: attempt(), "no log to read in log")
     open("log/empty/log.txt", "w").close()
-    bad(capsys, lambda: attempt("log/empty"), "no log.txt in log/empty")
+    bad(capsys, lambda: attempt("log/empty"), "no log to read in log/empty")
     made_up("log/a", hits=np.ones(5, bool))
-    for name, content in ("hella_1000.npy", ""), ("hella_1000.npy", "xyz"), ("run.json", "{"), ("run.json", "{}"), ("run.json", "[]"):
-        with open(f"log/a/{name}", "w") as f:
-            f.write(content)
-        bad(capsys, lambda: attempt("log/a"), "log/a/", "damaged")
-        if name == "hella_1000.npy":
-            np.save("log/a/hella_1000.npy", np.ones(5, bool))
+    whole = json.load(open("log/a/run.json"))
+    for content in "", "xyz", "PK", b"\x93NUMPY", np.ones((2, 5), bool), np.array(["a"]), np.zeros(0, bool):
+        with open("log/a/hella_1000.npy", "wb") as f:
+            np.save(f, content) if isinstance(content, np.ndarray) else f.write(content if isinstance(content, bytes) else content.encode())
+        bad(capsys, lambda: attempt("log/a"), "log/a/hella_1000.npy", "move it away")
+    np.save("log/a/hella_1000.npy", np.ones(5, bool))
+    broken = [whole | {"config": whole["config"] | {k: v}} for k, v in (("max_steps", None), ("total_batch_size", "x"), ("beta2", []), ("data_dir", 1))]
+    for content in "{", [], {}, "[" * 100_000, whole | {"arch": 1}, whole | {"params": {}}, whole | {"flops_per_token": "x"}, *broken:
+        with open("log/a/run.json", "w") as f:
+            f.write(content if isinstance(content, str) else json.dumps(content))
+        capsys.readouterr()
+        bad(capsys, lambda: attempt("log/a"), "no log to read in log/a")
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1 and "log/a/log.txt, or run.json beside it, is damaged" in message
     made_up("log/b")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     bad(capsys, lambda: attempt("log/b", "--plot=x.png"), "pip install matplotlib")
+    for name in "", "/", "log", "x":
+        bad(capsys, lambda: attempt("log/b", f"--plot={name}"), "--plot=", "curves.png")
 
 
 # ---- fineweb.py: text to shards ---------------------------------------------------------------------------------------

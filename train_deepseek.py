@@ -94,7 +94,8 @@ class Config:
         if self.n_embd % 8 or self.moe_ffn_dim % 8:
             raise ValueError(f"--n_embd={self.n_embd} and --moe_ffn_dim={self.moe_ffn_dim} must be multiples of 8")
         if self.n_dense_layer >= self.n_layer:
-            raise ValueError(f"--n_dense_layer={self.n_dense_layer} leaves no expert layer of --n_layer={self.n_layer}")
+            raise ValueError(f"--n_dense_layer={self.n_dense_layer} leaves no expert layer of --n_layer={self.n_layer}: "
+                             "lower it")
         if self.n_routed_experts % self.n_group or self.n_routed_experts < 2 * self.n_group:
             raise ValueError(f"--n_routed_experts={self.n_routed_experts} do not make --n_group={self.n_group} groups "
                              "of two or more each")
@@ -107,7 +108,7 @@ class Config:
 
 
 TINY = dict(block_size=64, vocab_size=256, n_layer=4, n_head=4, n_embd=128, q_lora_rank=64, kv_lora_rank=64,
-            qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=32, ffn_dim=384, moe_ffn_dim=64,
+            qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=32, ffn_dim=384, moe_ffn_dim=64, init_std=0.02,
             log_dir="log/deepseek-tiny")
 
 

@@ -17,7 +17,7 @@ scripts differ from:
     python train_gpt2.py --sample="Hello, I'm a language model,"
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
@@ -136,7 +136,7 @@ class Model(nn.Module):
                 nn.init.zeros_(p)
         if cfg.init_from:
             self.load_state_dict(transpose_conv1d(published("GPT2LMHeadModel", cfg.init_from).state_dict()))
-            cfg.init_from = ""  # a checkpoint of this model stands on its own
+            self.cfg = replace(cfg, init_from="")  # a checkpoint of this model stands on its own
 
     def hidden(self, idx):
         """idx int64 (B, T) -> (B, T, C): what lm_head turns into logits."""
