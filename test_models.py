@@ -229,6 +229,8 @@ def test_parameters_and_flops(arch, monkeypatch):
     params, numel = model.num_params(), sum(p.numel() for p in set(model.parameters()))
     assert params["total"] == PARAMS[arch] == numel - params.get("mtp", 0) <= 124.6e6
     assert model.flops_per_token() == FLOPS[arch]
+    embedding = sum(p.numel() for name, p in model.named_parameters() if len(p) == 50304 or "wpe" in name)  # and RWKV's head
+    assert params["non_embedding"] == params["total"] - embedding
     row = re.search(rf"^\| `train_{arch}.py` \|.*", open(os.path.join(ROOT, "README.md")).read(), re.M)[0]
     assert f"| {PARAMS[arch]:,} | {FLOPS[arch] / 1e6:.0f} M |" in row
 
