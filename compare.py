@@ -246,7 +246,7 @@ def plot(groups, path):
             x = steps * g.config["total_batch_size"] * (1.0 if unit == "tokens" else g.info.get("flops_per_token", math.nan))
             axis.plot(x, values.mean(0), "." + ("--" if g.reasons else "-"), color=f"C{i}", label=g.label.replace("$", r"\$"))
             axis.fill_between(x, values.min(0), values.max(0), color=f"C{i}", alpha=0.2, lw=0)
-        axis.set(xlabel=unit, ylabel="validation loss" if stream == "val" else "HellaSwag acc_norm")
+        axis.set(xlabel=unit, ylabel="validation loss" if stream == "val" else "HellaSwag acc_norm", xlim=(0, None))
         axis.grid(alpha=0.3)
     axes[0, 0].legend()
     try:
