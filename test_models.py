@@ -1351,7 +1351,7 @@ def test_two_machines_train_as_one():
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
-             f"--rdzv_endpoint=127.0.0.1:{port}", os.path.join(ROOT, "train_gpt2.py"), *QUICK, "--log_dir=log/two"]
+             f"--rdzv_endpoint=127.0.0.1:{port}", "--local_addr=127.0.0.1", os.path.join(ROOT, "train_gpt2.py"), *QUICK, "--log_dir=log/two"]
     agents = [subprocess.Popen(agent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
     outputs = [process.communicate()[0] for process in agents]
     assert all(process.returncode == 0 for process in agents), outputs
