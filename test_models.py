@@ -1726,7 +1726,7 @@ def test_seeds_share_a_line(capsys):
     assert compared(capsys)[0]["remarks"] == "a seed comes twice"
     os.symlink("..", "log/gpt2-3/up")
     os.symlink("gpt2-3", "log/latest")
-    assert compared(capsys, "log", "log/rwkv", "log/rwkv/log.txt")[0]["runs"] == "3"  # each once
+    assert [row["runs"] for row in compared(capsys, "log", "log/rwkv/log.txt", "log/latest")] == ["3", "1"]  # each once
     made_up("log/gpt2-4", val=3.0, hits=hits[0], n_layer=5)  # another model
     assert {row["model"]: row["remarks"] for row in compared(capsys)} == {
         "gpt2 (gpt2-4)": "", "gpt2 (gpt2-1)": "n_layer=2; a seed comes twice", "rwkv": ""}
