@@ -292,8 +292,8 @@ def tiled_heads(q, k, v, **kw):
 
 
 def interleaved(x, rope):
-    a, b = x[..., ::2], x[..., 1::2]
-    return torch.stack([a * rope[0] - b * rope[1], b * rope[0] + a * rope[1]], -1).flatten(-2)
+    (cos, sin), a, b = rope[:, :, None], x[..., ::2], x[..., 1::2]
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
 
 
 def roll(name, rows):
@@ -332,8 +332,8 @@ def reversed_step(r, log_w, k, v, a, b, state):
 
 
 def half_split(x, rope):
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * rope[0] - b * rope[1], b * rope[0] + a * rope[1]], -1)
+    (cos, sin), (a, b) = rope[:, :, None], x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
 def attention(**kw):
@@ -377,7 +377,7 @@ MISTAKES = {
     "all of the head rotated": ("phi", "partial_rotary_factor=1"),
     "interleaved pairs": ("llama mistral gemma", lambda model, script, patch: patch.setattr(script, "rotate", interleaved)),
     "values rotated": ("llama phi", lambda model, script, patch: patch.setattr(
-        script, "F", Functional(scaled_dot_product_attention=lambda q, k, v, **kw: F.scaled_dot_product_attention(q, k, script.rotate(v, model.rope), **kw)))),
+        script, "F", Functional(scaled_dot_product_attention=lambda q, k, v, **kw: F.scaled_dot_product_attention(q, k, script.rotate(v.transpose(1, 2), model.rope).transpose(1, 2), **kw)))),
     "k/v heads in turn": ("llama mistral phi gemma", functional(scaled_dot_product_attention=tiled_heads)),
     "window + 1": ("mistral gemma", "window=17"), "window - 1": ("mistral gemma", "window=15"),
     "no window": ("mistral gemma", "window=64"), "first layer global": ("gemma", "window_pattern=1"), "all layers local": ("gemma", "window_pattern=3"),
@@ -390,7 +390,7 @@ MISTAKES = {
         [setattr(b.self_attn, "q_norm", torch.nn.Identity()) for b in model.model.layers]]),
     "half-split rotation": ("deepseek", lambda model, script, patch: patch.setattr(script, "rotate", half_split)),
     "rope in front of nope": ("deepseek", edit("Attention.forward", "split([self.nope, self.rope], dim=-1)  #", "split([self.rope, self.nope], dim=-1)[::-1]  #")),
-    "shared key not rotated": ("deepseek", edit("Attention.forward", "rotate(k_rope[:, None], rope)", "k_rope[:, None]")),
+    "shared key not rotated": ("deepseek", edit("Attention.forward", "rotate(k_rope[:, :, None], rope)", "k_rope[:, :, None]")),
     "query latent not normalised": ("deepseek", edit("Attention.forward", "self.q_a_layernorm(self.q_a_proj(x))", "self.q_a_proj(x)")),
     "key-value latent not normalised": ("deepseek", edit("Attention.forward", "self.kv_a_layernorm(latent)", "latent")),
     "order of gate and up in the experts": ("deepseek", lambda model, *_: [p.data.copy_(p.data.roll(48, 1)) for n, p in model.named_parameters() if "experts.gate_up" in n]),
@@ -954,6 +954,15 @@ def test_the_residual_stream_is_bf16_under_autocast(arch):
     with torch.autocast("cpu", torch.bfloat16):
         model(tokens(2, 32), tokens(2, 32))
     assert seen == [torch.bfloat16] * (4 if arch == "deepseek" else 3)
+
+
+@each_transformer
+def test_attention_comes_out_in_the_memory_order_of_its_projection(arch, monkeypatch):
+    """What leaves the kernel has the layout of the queries: in another one o_proj copies it, in every layer of every step."""
+    seen, attend = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, **kw: seen.append(attend(*args, **kw)) or seen[-1])
+    small_model(arch, window=64, v_head_dim=24)(tokens(2, 64))  # DeepSeek's 16 + 8, as in its default shape
+    assert len(seen) == 2 and all(y.transpose(1, 2).is_contiguous() for y in seen)
 
 
 @each_arch

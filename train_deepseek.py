@@ -133,8 +133,8 @@ def rope_table(block_size, dim, theta):
 
 
 def rotate(x, rope):
-    """Turn each pair of neighbours (x_2i, x_2i+1) by its angle: x (B, H, T, D), rope (2, T, D/2)."""
-    cos, sin = rope
+    """Turn each pair of neighbours (x_2i, x_2i+1) by its angle: x (B, T, H, D), rope (2, T, D/2)."""
+    cos, sin = rope[:, :, None]
     a, b = x.float()[..., ::2], x.float()[..., 1::2]
     return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).type_as(x)
 
@@ -156,13 +156,14 @@ class Attention(nn.Module):
 
     def forward(self, x, rope):
         B, T, _ = x.shape
-        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))).view(B, T, self.n_head, -1).transpose(1, 2)
-        q_nope, q_rope = q.split([self.nope, self.rope], dim=-1)  # (B, n_head, T, D)
+        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))).view(B, T, self.n_head, -1)
+        q_nope, q_rope = q.split([self.nope, self.rope], dim=-1)  # (B, T, n_head, D)
         latent, k_rope = self.kv_a_proj_with_mqa(x).split([self.rank, self.rope], dim=-1)
-        kv = self.kv_b_proj(self.kv_a_layernorm(latent)).view(B, T, self.n_head, -1).transpose(1, 2)
+        kv = self.kv_b_proj(self.kv_a_layernorm(latent)).view(B, T, self.n_head, -1)
         k_nope, v = kv.split([self.nope, self.v], dim=-1)
-        k_rope = rotate(k_rope[:, None], rope).expand(-1, self.n_head, -1, -1)  # one key for all heads
+        k_rope = rotate(k_rope[:, :, None], rope).expand(-1, -1, self.n_head, -1)  # one key for all heads
         q, k = torch.cat([q_nope, rotate(q_rope, rope)], dim=-1), torch.cat([k_nope, k_rope], dim=-1)
+        q, k, v = (z.transpose(1, 2) for z in (q, k, v))  # last, so that y comes in x's memory order
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 

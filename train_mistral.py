@@ -107,9 +107,9 @@ def rope_table(block_size, dim, theta):
 
 
 def rotate(x, rope):
-    """Turn each pair (x_i, x_{i + D/2}) by its angle: x (B, H, T, D), rope (2, T, D/2). Mistral's code pairs
+    """Turn each pair (x_i, x_{i + D/2}) by its angle: x (B, T, H, D), rope (2, T, D/2). Mistral's code pairs
     neighbours, a permutation of the rows of q_proj and k_proj; this order is that of Hugging Face's weights."""
-    cos, sin = rope
+    cos, sin = rope[:, :, None]
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).type_as(x)
 
@@ -155,9 +155,11 @@ class Attention(nn.Module):
 
     def forward(self, x, rope, block_mask):
         B, T, _ = x.shape
-        q, k, v = (proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_head or n_kv_head, T, head_dim)
+        q, k, v = (proj(x).view(B, T, -1, self.head_dim)  # (B, T, n_head or n_kv_head, head_dim)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
-        y = sliding_window_attention(rotate(q, rope), rotate(k, rope), v, self.window, block_mask)
+        q, k = rotate(q, rope), rotate(k, rope)
+        q, k, v = (z.transpose(1, 2) for z in (q, k, v))  # last, so that y comes in x's memory order
+        y = sliding_window_attention(q, k, v, self.window, block_mask)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 

@@ -112,8 +112,8 @@ def rope_table(block_size, dim, theta):
 
 
 def rotate(x, rope):
-    """Turn each pair (x_i, x_{i + R/2}) of the first R values by its angle: x (B, H, T, D), rope (2, T, R/2)."""
-    cos, sin = rope
+    """Turn each pair (x_i, x_{i + R/2}) of the first R values by its angle: x (B, T, H, D), rope (2, T, R/2)."""
+    cos, sin = rope[:, :, None]
     half = cos.size(-1)
     a, b, rest = x.float().split([half, half, x.size(-1) - 2 * half], dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1).type_as(x)
@@ -128,8 +128,10 @@ class Attention(nn.Module):
 
     def forward(self, x, rope):
         B, T, _ = x.shape
-        q, k, v = self.qkv_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2).split(self.heads, dim=1)
-        y = F.scaled_dot_product_attention(rotate(q, rope), rotate(k, rope), v, is_causal=True, enable_gqa=True)
+        q, k, v = self.qkv_proj(x).view(B, T, -1, self.head_dim).split(self.heads, dim=2)
+        q, k = rotate(q, rope), rotate(k, rope)
+        q, k, v = (z.transpose(1, 2) for z in (q, k, v))  # last, so that y comes in x's memory order
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
