@@ -181,10 +181,10 @@ def test_the_training_options_are_the_same_in_every_script():
     for arch in ARCHS:
         names = [(f.name, f.default) for f in fields(SCRIPTS[arch].Config)]
         start = [n for n, _ in names].index("total_batch_size")
-        own = {"deepseek": ["bias_update_speed", "balance_loss_alpha", "mtp_loss_weight"], "rwkv": ["beta2", "chunk_size", "recompute"]}.get(arch, [])
+        own = {"deepseek": ["bias_update_speed", "balance_loss_alpha", "mtp_loss_weight"], "rwkv": ["batch_size", "beta2", "chunk_size", "recompute"]}.get(arch, [])
         blocks[arch] = [(n, d) for n, d in names[start:] if n not in ("log_dir", *own)]
-    assert SCRIPTS["rwkv"].Config().beta2 == 0.99
-    assert all(block == [x for x in blocks["gpt2"] if arch != "rwkv" or x[0] != "beta2"] for arch, block in blocks.items())
+    assert (SCRIPTS["rwkv"].Config().beta2, SCRIPTS["rwkv"].Config().batch_size) == (0.99, 32)
+    assert all(block == [x for x in blocks["gpt2"] if arch != "rwkv" or x[0] not in ("beta2", "batch_size")] for arch, block in blocks.items())
 
 
 @each_arch

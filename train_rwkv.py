@@ -41,7 +41,7 @@ class Config:
     ffn_dim: int = 2560  # hidden width of the channel mix
     # training
     total_batch_size: int = 524288  # tokens per step
-    batch_size: int = 64  # sequences per device and micro-step: lower it when memory runs out, the result is the same
+    batch_size: int = 32  # sequences per device and micro-step: lower it when memory runs out, the result is the same
     chunk_size: int = 64  # tokens that the time mix takes at once; the result is the same
     recompute: bool = False  # compute the time mix again in the backward pass: less memory, slower
     max_steps: int = 19073  # steps; x 524,288 tokens: 10.0B, each token of FineWeb sample-10BT at most once
