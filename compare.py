@@ -248,7 +248,7 @@ def plot(groups, path):
             axis.fill_between(x, values.min(0), values.max(0), color=f"C{i}", alpha=0.2, lw=0)
         axis.set(xlabel=unit, ylabel="validation loss" if stream == "val" else "HellaSwag acc_norm", xlim=(0, None))
         axis.grid(alpha=0.3)
-    axes[0, 0].legend()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     try:
         figure.savefig(path, dpi=90)
     except ValueError as e:
