@@ -207,7 +207,7 @@ class Gate(nn.Module):
             outside = torch.ones_like(choice[..., 0], dtype=torch.bool).scatter(-1, groups, False)
             _, expert = topk(choice.masked_fill(outside[..., None], -torch.inf).flatten(-2), cfg.n_activated_experts)
             if self.training:
-                self.load += self.one_hot(expert).sum((0, 1))
+                self.load += self.one_hot(expert).sum(1).sum(0)  # as one sum it would keep few of a GPU's cores busy
         weight = score.gather(-1, expert)  # without the bias
         weight = cfg.route_scale * weight / (weight.sum(-1, keepdim=True) + 1e-20)
         return expert, weight, self.balance_loss(score) if self.training else 0.0
