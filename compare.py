@@ -1,282 +1,407 @@
 """
-Which architecture wins? One table, best first, from what the runs left behind: finished ones and those in progress.
+Compare training runs: print one table, best run first, of finished runs and runs in progress.
 
-    python compare.py                              # every run below log/
-    python compare.py log/gpt2 log/llama*          # these
-    python compare.py --plot=curves.png            # and curves against tokens and FLOPs (needs matplotlib)
+    python compare.py                           # every run below log/
+    python compare.py log/gpt2 log/llama*       # these runs
+    python compare.py --plot=curves.png         # also draw the curves (needs matplotlib)
 
-A run is a folder with log.txt, and beside it run.json and the hella_*.npy that say which items were right. Logs without them
-are read too: build-nanogpt's are the same. Runs that differ in their seed alone share a line: mean (least to most).
+A run is a folder with log.txt, run.json (its options) and hella_<step>.npy, which says for each
+HellaSwag item whether the model was right. A log.txt without run.json is read as build-nanogpt's,
+whose format is the same. Runs that differ only in their seed share a line: mean (least to most).
 
-The order is that of the validation loss. What was trained on other data (a folder of another name), on other tokens or with
-another schedule than most runs stands below the others, with the reason; so does a run in progress. HellaSwag is compared
-item by item with the first line: the difference in points, its 95% interval, and a p-value, by McNemar's exact test for one
-run against one (Dietterich 1998, "Approximate Statistical Tests for Comparing Supervised Classification Learning
-Algorithms", section 3.1), else by the normal distribution that the interval is taken from.
+The lines are sorted by validation loss. Runs that are in progress, or that differ from most runs in
+their data (the name of the data folder), their tokens or their schedule, are not comparable: they
+stand below the others, with the reason.
+
+HellaSwag is compared item by item with the first line: the difference in points, its 95% interval
+and a p-value. One run against one run is tested with McNemar's exact test (Dietterich 1998,
+"Approximate Statistical Tests for Comparing Supervised Classification Learning Algorithms",
+section 3.1). Otherwise the p-value comes from the normal distribution, as the interval does.
 """
 import json
 import math
 import os
 import re
 import sys
-from collections import Counter, defaultdict
-from dataclasses import dataclass
+from collections import defaultdict
+from dataclasses import dataclass, fields
+from statistics import mode
 
 import numpy as np
 
-from common import Parser, fail, one_line_errors
+from common import RunConfig
+from fineweb import Parser, fail, one_line_errors
 
-# what two runs must share for their results to be compared; other options of training are remarked on where they differ
-SETTING = ("data_dir", "vocab_size", "block_size", "total_batch_size", "max_steps", "warmup_steps", "learning_rate",
-           "min_lr_ratio", "val_tokens", "init_from")
-# and what changes no result, or only as another seed would
-HARMLESS = ("seed", "batch_size", "chunk_size", "recompute", "eval_interval", "hella_limit", "checkpoint_interval",
-            "keep_checkpoints", "sample_interval", "log_dir", "hellaswag_file", "resume", "device", "compile", "tiny")
-BUILD_NANOGPT = {"total_batch_size": 524288}  # what its logs do not say
+# Runs are comparable only if these options are equal.
+SETTING = ("data_dir", "vocab_size", "block_size", "total_batch_size", "max_steps", "warmup_steps",
+           "learning_rate", "min_lr_ratio", "val_tokens", "init_from")
+# These options do not change the result, or change it only as another seed would.
+HARMLESS = {field.name for field in fields(RunConfig)} - {"data_dir", "val_tokens"}
+HARMLESS |= {"batch_size", "chunk_size", "recompute"}
+# Any other option that differs is named in the remarks.
+
+# Types of the values in run.json; "params.total" stands for info["params"]["total"].
+NUMBER = int | float
+RUN_JSON = {
+    "arch": str, "device": str, "flops_per_token": NUMBER,
+    "tokens_per_second": NUMBER | None,  # None before the first checkpoint
+    "params": dict, "params.total": NUMBER, "params.active": NUMBER,
+    "config": dict, "config.data_dir": str, "config.vocab_size": NUMBER,
+    "config.total_batch_size": NUMBER, "config.max_steps": NUMBER,
+    "config.hellaswag_file": str, "config.hella_limit": NUMBER}
+# The content of run.json for a run of build-nanogpt, which writes none. NaN and None mean unknown.
+BUILD_NANOGPT = {
+    "flops_per_token": math.nan, "tokens_per_second": None,
+    "params": {"total": math.nan, "active": math.nan},
+    "config": {"data_dir": "edu_fineweb10B", "vocab_size": 50304, "total_batch_size": 524288,
+               "max_steps": 19073, "hellaswag_file": "", "hella_limit": 10042}}
+NO_RUN_JSON = "no run.json: taken as build-nanogpt's, 524,288 tokens a step, 10,042 HellaSwag items"
 
 
 @dataclass
-class Run:
-    """streams: {name: {step: value}}; info: run.json, or {}; config: its options, without those that change no result."""
+class Result:
+    """What one run left behind."""
     folder: str
-    streams: dict
-    info: dict
-    config: dict
-
-    @classmethod
-    def read(cls, path):
-        """From log.txt and run.json beside it. Raises some exception if they are damaged."""
-        folder, streams, info = os.path.dirname(os.path.abspath(path)), defaultdict(dict), {}
-        with open(path, errors="replace") as f:
-            for line in f:
-                if m := re.fullmatch(r"(\d+) (\w+) ([-+.\w]+)\n", line):  # else a line in the making
-                    streams[m[2]][int(m[1])] = float(m[3])
-        if os.path.exists(file := os.path.join(folder, "run.json")):
-            with open(file) as f:
-                info = json.load(f)
-            config, numbers = info["config"], [info["flops_per_token"], info["params"]["total"], info["params"]["active"]]
-            numbers += [info.get("tokens_per_second") or 0, *(config[k] for k in ("max_steps", "total_batch_size", "hella_limit"))]
-            texts = [info["arch"], info["device"], config["data_dir"], config["hellaswag_file"]]
-            if (not all(isinstance(t, str) for t in texts) or not all(isinstance(n, (int, float)) for n in numbers)
-                    or not all(isinstance(v, (int, float, str)) for v in config.values())):
-                raise TypeError("a value in run.json is of another kind")
-        config = {k: v for k, v in info.get("config", BUILD_NANOGPT).items() if k not in HARMLESS}
-        if info:
-            config |= {"data_dir": os.path.basename(os.path.normpath(config["data_dir"])),
-                       "vocab_size": min(config["vocab_size"], 50257),  # beyond these is padding
-                       "init_from": config.get("init_from", "")}
-        return cls(folder, streams, info, config)
+    curves: dict  # {name: {step: value}}, the lines of log.txt
+    info: dict  # the content of run.json
+    has_run_json: bool
 
     @property
-    def steps(self):
-        """Updates made. `train` is written with the number of updates before its own."""
-        return max(step + (stream == "train") for stream, values in self.streams.items() for step in values)
-
-    @property
-    def finished(self):
-        return not self.info or self.steps >= self.config["max_steps"]
+    def options(self):
+        """The options that may change the result."""
+        config = self.info["config"]
+        options = {name: value for name, value in config.items() if name not in HARMLESS}
+        options["data_dir"] = os.path.basename(os.path.normpath(config["data_dir"]))
+        options["vocab_size"] = min(config["vocab_size"], 50257)  # tokens above are padding
+        options["init_from"] = config.get("init_from", "")  # only GPT-2 has this option
+        return options
 
     @property
     def items(self):
-        """Which HellaSwag items it is evaluated on: file and number."""
-        config = self.info.get("config", {"hellaswag_file": "", "hella_limit": 10042})
+        """The HellaSwag items that the run is evaluated on: the name of the file, and how many."""
+        config = self.info["config"]
         return os.path.basename(config["hellaswag_file"]), config["hella_limit"]
 
-    def hits(self, step):
-        """The HellaSwag items that were right, bool (items,), or None."""
+    @property
+    def steps(self):
+        """The number of updates made. The line "s train" is written by update s + 1."""
+        return max(step + 1 if name == "train" else step
+                   for name, values in self.curves.items() for step in values)
+
+    @property
+    def finished(self):
+        return self.steps >= self.info["config"]["max_steps"]
+
+    def correct(self, step):
+        """Return which HellaSwag items were right at a step, bool (items,), or None if unknown."""
         path = os.path.join(self.folder, f"hella_{step}.npy")
-        if not os.path.exists(path):
+        if step is None or not os.path.exists(path):
             return None
         try:
-            hits = np.load(path)
-            if hits.ndim != 1 or hits.dtype != bool or not len(hits):
+            correct = np.load(path)
+            if correct.ndim != 1 or correct.dtype != bool or len(correct) == 0:
                 raise ValueError
-            return hits
-        except Exception:  # what a damaged file raises is np.load's secret
-            fail(f"{path} is not what a run leaves behind: move it away")
+        except Exception:  # np.load raises many kinds of error
+            fail(f"{path} is damaged, or no run wrote it: move it away")
+        return correct
+
+
+def check_types(info):
+    """Raise an error that names the key if a value of run.json is missing or has a wrong type."""
+    for name, types in RUN_JSON.items():
+        value = info
+        for key in name.split("."):
+            value = value[key]
+        if not isinstance(value, types):
+            raise TypeError(f"{name} cannot be {value!r}")
+    for name, value in info["config"].items():
+        if not isinstance(value, NUMBER | str):
+            raise TypeError(f"config.{name} cannot be {value!r}")
+
+
+def read_result(path):
+    """Return the Result of a log. Raise an error of any kind if the log or run.json is damaged."""
+    folder = os.path.dirname(os.path.abspath(path))
+    curves = defaultdict(dict)
+    with open(path, errors="replace") as file:
+        for line in file:
+            match = re.fullmatch(r"(\d+) (\w+) ([-+.\w]+)\n", line)
+            if match:  # the last line of a run in progress may be incomplete
+                step, name, value = match.groups()
+                curves[name][int(step)] = float(value)
+    run_json = os.path.join(folder, "run.json")
+    if not os.path.exists(run_json):
+        # the folder takes the place of the architecture, so that no other run joins the group
+        return Result(folder, curves, {"arch": folder, **BUILD_NANOGPT}, has_run_json=False)
+    with open(run_json) as file:
+        info = {"tokens_per_second": None} | json.load(file)
+    check_types(info)
+    return Result(folder, curves, info, has_run_json=True)
+
+
+def find_logs(paths):
+    """Return the paths of all logs among and below the given files and folders, each once."""
+    logs = []
+    for path in paths:
+        if not os.path.exists(path):
+            fail(f"{path} is not there: name folders that hold log.txt, or train a model first")
+        if os.path.isfile(path):
+            logs.append(path)
+        for folder, _, files in os.walk(path):
+            if "log.txt" in files:
+                logs.append(os.path.join(folder, "log.txt"))
+    return sorted({os.path.realpath(log) for log in logs})
 
 
 class Group:
-    """Runs that differ in their seed alone. reasons: why they are not comparable; remarks: what else sets them apart."""
+    """Results of runs that differ only in their seed: one line of the table."""
 
-    def __init__(self, runs):
-        self.runs, self.info, self.config = runs, runs[0].info, runs[0].config
-        self.label = self.arch = self.info.get("arch", os.path.basename(runs[0].folder))
-        self.steps, self.reasons, self.remarks = min(run.steps for run in runs), [], []
-        self.loss = float(np.mean(self.last("val") or math.nan))
-        hits = [run.hits(self.at("hella")) for run in runs]
-        self.items = runs[0].items if len({run.items for run in runs}) == 1 else None
-        whole = self.items and all(h is not None and len(h) == len(hits[0]) for h in hits)
-        self.hits = np.mean(hits, axis=0) if whole else None  # (items,): the part of the runs that had it right
+    def __init__(self, results):
+        first = results[0]
+        self.results = results
+        self.info = first.info
+        self.arch = first.info["arch"]
+        self.label = os.path.basename(self.arch)
+        self.options = first.options
+        self.setting = {name: self.options.get(name) for name in SETTING}
+        self.steps = min(result.steps for result in results)
+        self.curves = {"val": self.common_curve("val"), "hella": self.common_curve("hella")}
+        self.val_step = max(self.curves["val"], default=None)
+        self.losses = self.curves["val"].get(self.val_step, [])  # a value for each run
+        self.loss = np.mean(self.losses) if self.losses else math.nan
+        self.hella_step = max(self.curves["hella"], default=None)
+        self.accuracies = self.curves["hella"].get(self.hella_step, [])
+        same_items = all(result.items == first.items for result in results)
+        self.items = first.items if same_items else None
+        # the fraction of runs that had each item right, float (items,), or None if unknown
+        correct = [result.correct(self.hella_step) for result in results]
+        complete = all(each is not None and len(each) == len(correct[0]) for each in correct)
+        self.correct = np.mean(correct, axis=0) if same_items and complete else None
+        self.reasons = [] if first.has_run_json else [NO_RUN_JSON]  # why it is not comparable
+        self.remarks = []  # what else sets it apart from other groups
 
-    def at(self, stream):
-        """The last step that all runs have, or None."""
-        return max(set.intersection(*(set(run.streams[stream]) for run in self.runs)), default=None)
-
-    def last(self, stream):
-        return [run.streams[stream][self.at(stream)] for run in self.runs if self.at(stream) is not None]
-
-    def curve(self, stream):
-        """Steps that all runs have, without the untrained model's, and the values (runs, steps)."""
-        steps = sorted(set.intersection(*(set(run.streams[stream]) for run in self.runs)) - {0})
-        return np.array(steps), np.array([[run.streams[stream][step] for step in steps] for run in self.runs])
-
-
-def find(paths):
-    """Every log below the given files and folders, once."""
-    found = []
-    for path in paths:
-        if not os.path.exists(path):
-            fail(f"{path} is not there: name folders that hold log.txt, or train first")
-        found += [path] if os.path.isfile(path) else [os.path.join(folder, "log.txt") for folder, _, files in os.walk(path)
-                                                      if "log.txt" in files]
-    return sorted(set(map(os.path.realpath, found)))
+    def common_curve(self, name):
+        """Return {step: [the value of each run]} for the steps that all runs have, in order."""
+        curves = [result.curves[name] for result in self.results]
+        steps = set.intersection(*map(set, curves))
+        return {step: [curve[step] for curve in curves] for step in sorted(steps)}
 
 
-def group(runs):
-    """Runs -> groups, the comparable ones first, then by validation loss; each knows what sets it apart."""
-    by_config = defaultdict(list)
-    for run in runs:
-        by_config[json.dumps([run.info.get("arch", run.folder), run.finished, run.config], sort_keys=True)].append(run)
-    groups = sorted(map(Group, by_config.values()), key=lambda g: (math.isnan(g.loss), g.loss))
-    described = [g for g in groups if g.info]
-    votes = Counter(tuple((k, g.config.get(k)) for k in SETTING) for g in described for _ in g.runs)
-    usual = dict(max(votes, key=lambda setting: (votes[setting], dict(setting)["max_steps"]), default=()))
-    for g in groups:
-        g.reasons += [f"{k}={g.config.get(k)} instead of {v or repr(v)}" for k, v in usual.items() if g.info and g.config.get(k) != v]
-        if not g.info:
-            g.reasons.append("no run.json: taken as build-nanogpt's, 524,288 tokens a step, 10,042 HellaSwag items")
-        elif not g.runs[0].finished:
-            g.reasons.append(f"in progress, step {g.steps} of {g.config['max_steps']}")
-        elif g.at("val") != g.steps:
-            g.reasons.append(f"validation loss of step {g.at('val')}, not {g.steps}")
-    groups.sort(key=lambda g: bool(g.reasons))
-    for g in described:
-        kin = [r for r in described if r.arch == g.arch]
-        for k in sorted({k for r in kin for k in r.config} - set(SETTING)):
-            names = list(g.config)
-            trains = k in names and names.index(k) >= names.index("total_batch_size")  # else it belongs to the model
-            most, _ = Counter(r.config[k] for r in (described if trains else kin) if k in r.config).most_common(1)[0]
-            if g.config.get(k) != most:
-                g.remarks.append(f"{k}={g.config[k]}" if k in g.config else f"{k} is not in its run.json")
-        if len({run.info["config"].get("seed") for run in g.runs}) < len(g.runs):
-            g.remarks.append("a seed comes twice")
-        if g.hits is None and any(run.streams["hella"] for run in g.runs):
-            g.remarks.append("HellaSwag's items are not all there, or not the same in all runs")
-        if len(kin) > 1:
-            g.label += f" ({os.path.basename(g.runs[0].folder)})"
-    return groups
+def cluster(results):
+    """Return the groups of the results, sorted by validation loss; groups without one come last."""
+    clusters = defaultdict(list)
+    for result in results:
+        key = result.info["arch"], result.finished, frozenset(result.options.items())
+        clusters[key].append(result)
+    groups = [Group(members) for members in clusters.values()]
+    return sorted(groups, key=lambda group: (math.isnan(group.loss), group.loss))
+
+
+def usual_setting(groups):
+    """Return the setting of most runs. If several are equally common, the longest one wins."""
+    settings = [group.setting for group in groups for _ in group.results]
+    return max(settings, key=lambda setting: (settings.count(setting), setting["max_steps"]))
+
+
+def explain(group, usual):
+    """Return the reasons why a group is not comparable with groups of the usual setting."""
+    reasons = []
+    for name, value in group.setting.items():
+        if value != usual[name]:
+            expected = "''" if usual[name] == "" else usual[name]
+            reasons.append(f"{name}={value} instead of {expected}")
+    if not group.results[0].finished:
+        reasons.append(f"in progress, step {group.steps} of {group.options['max_steps']}")
+    elif group.val_step != group.steps:
+        reasons.append(f"validation loss of step {group.val_step}, not {group.steps}")
+    return reasons
+
+
+def remark(group, groups):
+    """Return what else sets a group apart. An option of training is compared with its most common
+    value in all groups, any other option with that in the groups of the same architecture."""
+    remarks = []
+    same_arch = [other for other in groups if other.arch == group.arch]
+    names = {name for other in same_arch for name in other.options}
+    for name in sorted(names - set(SETTING)):
+        others = groups if name in RunConfig.training_options else same_arch
+        most_common = mode(other.options[name] for other in others if name in other.options)
+        if name not in group.options:
+            remarks.append(f"{name} is not in its run.json")
+        elif group.options[name] != most_common:
+            remarks.append(f"{name}={group.options[name]}")
+    seeds = {result.info["config"].get("seed") for result in group.results}
+    if len(seeds) < len(group.results):
+        remarks.append("a seed comes twice")
+    if group.correct is None and any(result.curves["hella"] for result in group.results):
+        remarks.append("HellaSwag's items are not all there, or not the same in all runs")
+    return remarks
+
+
+def rank(results):
+    """Return the groups in the order of the table, with reasons, remarks and distinct labels."""
+    groups = cluster(results)
+    described = [group for group in groups if group.results[0].has_run_json]
+    for group in described:
+        group.reasons = explain(group, usual_setting(described))
+        group.remarks = remark(group, described)
+        if sum(other.arch == group.arch for other in described) > 1:
+            group.label += f" ({os.path.basename(group.results[0].folder)})"
+    return sorted(groups, key=lambda group: len(group.reasons) > 0)
 
 
 def sign_test(wins, losses):
-    """Two-sided p-value: so uneven, or more so, would a fair coin be."""
+    """Return the two-sided p-value of the sign test: the chance that a fair coin splits at least
+    as unevenly."""
     n = wins + losses
-    total = term = 1
+    term = total = 1  # n over 0
     for k in range(min(wins, losses)):
         term = term * (n - k) // (k + 1)  # n over k + 1
         total += term
     return min(1.0, 2 * total / 2 ** n)
 
 
-def against(g, leader):
-    """HellaSwag item by item: the difference in points with its 95% interval, and the p-value."""
-    if g is leader or g.hits is None or leader.hits is None or g.items != leader.items or len(g.hits) != len(leader.hits):
+def difference(group, first):
+    """Return two cells: HellaSwag's difference to the first line, in points, and its p-value."""
+    if group is first or group.correct is None or first.correct is None:
         return "-", "-"
-    d = 100 * (g.hits - leader.hits.astype(float))
-    mean, error = d.mean(), d.std() / math.sqrt(len(d))
-    if len(g.runs) == len(leader.runs) == 1:
-        p = sign_test(int((d > 0).sum()), int((d < 0).sum()))
+    if group.items != first.items or len(group.correct) != len(first.correct):
+        return "-", "-"
+    points = 100 * (group.correct - first.correct.astype(float))  # (items,)
+    mean = points.mean()
+    error = points.std() / math.sqrt(len(points))
+    if len(group.results) == len(first.results) == 1:
+        p = sign_test(wins=int((points > 0).sum()), losses=int((points < 0).sum()))
     else:
         p = math.erfc(abs(mean) / error / math.sqrt(2)) if error else 1.0
     return f"{mean:+.2f} [{mean - 1.96 * error:+.2f}, {mean + 1.96 * error:+.2f}]", f"{p:.2g}"
 
 
-def spread(values, error=""):
+def mean_and_range(values, error=""):
     if not values:
         return "-"
-    between = f" ({min(values):.4f} to {max(values):.4f})" if len(values) > 1 else ""
-    return f"{np.mean(values):.4f}{error}{between}"
+    limits = f" ({min(values):.4f} to {max(values):.4f})" if len(values) > 1 else ""
+    return f"{np.mean(values):.4f}{error}{limits}"
 
 
-def accuracy(g):
-    """HellaSwag with its standard error over the items."""
-    if not g.items or not (values := g.last("hella")):
+def accuracy(group):
+    """Return the cell of HellaSwag's accuracy, with its standard error over the items."""
+    if group.items is None or not group.accuracies:
         return "-"
-    p, n = np.mean(values), g.items[1] or math.nan
-    error = math.sqrt(abs(p * (1 - p)) / n) if g.hits is None else g.hits.std() / math.sqrt(len(g.hits))
-    return spread(values, f" ± {error:.4f}")
+    if group.correct is None:
+        p = np.mean(group.accuracies)
+        error = math.sqrt(abs(p * (1 - p)) / (group.info["config"]["hella_limit"] or math.nan))
+    else:
+        error = group.correct.std() / math.sqrt(len(group.correct))
+    return mean_and_range(group.accuracies, f" ± {error:.4f}")
 
 
-def rates(g):
-    """Tokens/s, apart for each kind of machine."""
+def throughput(group):
+    """Return the cell of tokens/s: the mean over the runs on each kind of machine."""
     machines = defaultdict(list)
-    for run in g.runs:
-        if rate := run.info.get("tokens_per_second"):
-            machines[f"{run.info.get('processes')} x {run.info['device']}"].append(rate)
-    return "; ".join(f"{np.mean(rate):,.0f} on {machine}" for machine, rate in machines.items()) or "-"
+    for result in group.results:
+        if result.info["tokens_per_second"]:
+            machine = f"{result.info.get('processes')} x {result.info['device']}"
+            machines[machine].append(result.info["tokens_per_second"])
+    cells = [f"{np.mean(rates):,.0f} on {machine}" for machine, rates in machines.items()]
+    return "; ".join(cells) or "-"
+
+
+def number(value, form=","):
+    return "-" if math.isnan(value) else format(value, form)
+
+
+def table_row(group, first):
+    """Return the line of a group as {column: cell}. `first` is the group of the first line."""
+    points, p = difference(group, first)
+    reasons = ["not comparable: " + "; ".join(group.reasons)] if group.reasons else []
+    return {
+        "model": group.label, "runs": str(len(group.results)),
+        "parameters": number(group.info["params"]["total"]),
+        "active": number(group.info["params"]["active"]),
+        "MFLOP/token": number(group.info["flops_per_token"] / 1e6, ",.1f"),
+        "tokens": number(group.steps * group.options["total_batch_size"]),
+        "validation loss": mean_and_range(group.losses),
+        "HellaSwag acc_norm": accuracy(group),
+        "points to the first": points, "p": p,
+        "tokens/s": throughput(group),
+        "remarks": "; ".join(reasons + group.remarks)}
 
 
 def table(groups):
-    rows = [("model", "runs", "parameters", "active", "MFLOP/token", "tokens", "validation loss", "HellaSwag acc_norm",
-             "points to the first", "p", "tokens/s", "remarks")]
-    for g in groups:
-        rows.append((
-            g.label, str(len(g.runs)),
-            *(f"{g.info['params'][k]:,}" if g.info else "-" for k in ("total", "active")),
-            f"{g.info['flops_per_token'] / 1e6:,.1f}" if g.info else "-",
-            f"{g.steps * g.config['total_batch_size']:,}", spread(g.last("val")), accuracy(g), *against(g, groups[0]), rates(g),
-            "; ".join((["not comparable: " + "; ".join(g.reasons)] if g.reasons else []) + g.remarks)))
+    """Return the table in Markdown."""
+    rows = [table_row(group, groups[0]) for group in groups]
+    rows = [list(rows[0]), *(row.values() for row in rows)]
     rows = [[" ".join(cell.split()).replace("|", "/") for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths)) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+    head, *lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([head, rule, *lines])
 
 
 def plot(groups, path):
+    """Draw validation loss and HellaSwag over tokens and FLOPs; dashed: not comparable."""
     try:
         import matplotlib
     except ImportError:
         fail("--plot needs matplotlib: pip install matplotlib")
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+
     figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), sharey="row", layout="constrained")
-    for axis, (stream, unit) in zip(axes.flat, [(s, u) for s in ("val", "hella") for u in ("tokens", "FLOPs")]):
-        for i, g in enumerate(groups):
-            steps, values = g.curve(stream)
-            x = steps * g.config["total_batch_size"] * (1.0 if unit == "tokens" else g.info.get("flops_per_token", math.nan))
-            axis.plot(x, values.mean(0), "." + ("--" if g.reasons else "-"), color=f"C{i}", label=g.label.replace("$", r"\$"))
-            axis.fill_between(x, values.min(0), values.max(0), color=f"C{i}", alpha=0.2, lw=0)
-        axis.set(xlabel=unit, ylabel="validation loss" if stream == "val" else "HellaSwag acc_norm", xlim=(0, None))
+    panels = [("val", "tokens"), ("val", "FLOPs"), ("hella", "tokens"), ("hella", "FLOPs")]
+    titles = {"val": "validation loss", "hella": "HellaSwag acc_norm"}
+    for axis, (name, unit) in zip(axes.flat, panels):
+        for i, group in enumerate(groups):
+            # without step 0, whose loss is that of the untrained model
+            curve = {step: values for step, values in group.curves[name].items() if step > 0}
+            scale = group.options["total_batch_size"]
+            if unit == "FLOPs":
+                scale *= group.info["flops_per_token"]
+            x = [float(step * scale) for step in curve]
+            means = [np.mean(values) for values in curve.values()]
+            lows = [min(values) for values in curve.values()]
+            highs = [max(values) for values in curve.values()]
+            style = ".--" if group.reasons else ".-"
+            label = group.label.replace("$", r"\$")  # matplotlib reads a formula between dollars
+            axis.plot(x, means, style, color=f"C{i}", label=label)
+            axis.fill_between(x, lows, highs, color=f"C{i}", alpha=0.2, lw=0)
+        axis.set(xlabel=unit, ylabel=titles[name], xlim=(0, None))
         axis.grid(alpha=0.3)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     try:
         figure.savefig(path, dpi=90)
-    except ValueError as e:
-        fail(f"--plot={path}: {e}")
+    except ValueError as error:
+        fail(f"--plot={path}: {error}")
 
 
 @one_line_errors()
 def main():
-    parser = Parser(description="Which architecture wins? One table, best first, from the logs of the runs.")
-    parser.add_argument("paths", nargs="*", default=["log"], help="folders to search for log.txt, or such files (log)")
-    parser.add_argument("--plot", metavar="FILE", help="draw validation loss and HellaSwag against tokens and FLOPs")
-    args, runs = parser.parse_args(), []
+    parser = Parser(description="Compare training runs: print one table, best run first.")
+    parser.add_argument("paths", nargs="*", default=["log"],
+                        help="folders to search for log.txt, or log files (default: log)")
+    parser.add_argument("--plot", metavar="FILE", help="draw the curves over tokens and over FLOPs")
+    args = parser.parse_args()
     if args.plot is not None and not re.search(r"\w\.\w+$", args.plot):
-        fail(f"--plot={args.plot} is not the name of an image: curves.png, say")
-    for path in find(args.paths):
+        fail(f"--plot={args.plot} is not the name of an image: use a name such as curves.png")
+
+    results = []
+    for path in find_logs(args.paths):
         try:
-            run = Run.read(path)
-        except Exception as e:  # a file that was edited can raise anything
-            print(f"passed over: {path}, or run.json beside it, is damaged: {e!r}"[:500], file=sys.stderr)
+            result = read_result(path)
+        except Exception as error:  # an edited file can raise any kind of error
+            message = f"skipped: {path}, or run.json beside it, is damaged: {error!r}"
+            print(message[:500], file=sys.stderr)
             continue
-        if any(run.streams.values()):
-            runs.append(run)
+        if result.curves:
+            results.append(result)
         else:
-            print(f"passed over: {path} holds no line of a log yet", file=sys.stderr)
-    if not runs:
+            print(f"skipped: {path} has no complete line yet", file=sys.stderr)
+    if not results:
         fail(f"no log to read in {' '.join(args.paths)}: train first, or name the folders of runs")
-    groups = group(runs)
-    sys.stdout.reconfigure(errors="replace")  # the terminal may not know ±
+
+    groups = rank(results)
+    sys.stdout.reconfigure(errors="replace")  # the terminal may not be able to show ±
     print(table(groups), flush=True)
     if args.plot:
         plot(groups, args.plot)

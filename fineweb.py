@@ -1,20 +1,23 @@
 """
-Text to shards of GPT-2 tokens: run once, before training.   pip install numpy tiktoken datasets tqdm
+Turn text into shards of GPT-2 tokens. Run this once, before training.
 
-    python fineweb.py                                         # FineWeb sample-10BT to fineweb10B/: 10.3B tokens, 21 GB
-    python fineweb.py --pretokenized --max_tokens 1000000000  # the same data as tokenized and published by others
-    python fineweb.py --max_tokens 300000000                  # a sample: streamed, so only what it needs is fetched
+    pip install numpy tiktoken datasets tqdm
+    python fineweb.py                  # FineWeb sample-10BT to fineweb10B/: 10.3B tokens, 21 GB
+    python fineweb.py --max_tokens 300000000  # a sample; downloads only the text that it needs
+    python fineweb.py --pretokenized --max_tokens 1000000000  # published shards of the same data
     python fineweb.py --dataset HuggingFaceFW/fineweb-edu --name sample-10BT --data_dir edu10B
     python fineweb.py --dataset manu/project_gutenberg --split en --data_dir gutenberg
     python fineweb.py --files 'books/*.txt' wiki.jsonl.xz --val_tokens 1000000 --data_dir mine
-    python fineweb.py --check                                 # are the shards whole and sane?
+    python fineweb.py --check          # look for damaged and missing shards
 
-Killed at any moment and started again with the same options, it goes on after the last finished shard; the bytes are
-those of an uninterrupted run, whatever the number of processes.
+The program may be killed at any moment. Started again with the same options, it resumes after the
+last finished shard. The bytes of the shards do not depend on interruptions or on --num_proc.
 
-A shard has llm.c's format: 256 int32 (20240520, 1, number of tokens, zeros), then uint16 tokens. The documents form one
-stream, each with <|endoftext|> (50256) in front, blank ones left out. Its first val_tokens tokens are
-fineweb_val_000000.bin; the rest is cut every shard_size tokens, inside documents too: fineweb_train_000001.bin, ...
+The documents form one sequence of tokens: <|endoftext|> (50256) stands in front of each document,
+and blank documents are left out. The first val_tokens tokens become fineweb_val_000000.bin. The
+rest becomes fineweb_train_000001.bin, fineweb_train_000002.bin, ... of shard_size tokens each; a
+document may begin in one shard and end in the next. A shard has llm.c's format: a header of 256
+int32 (20240520, 1, number of tokens, zeros), then the tokens as uint16.
 """
 import argparse
 import glob
@@ -35,455 +38,679 @@ from contextlib import closing, contextmanager, suppress
 
 import numpy as np  # other packages are imported where used: each worker imports this file again
 
-EOT, MAGIC, VERSION, HEADER = 50256, 20240520, 1, 256  # HEADER in int32, i.e. 1024 bytes
+EOT = 50256  # <|endoftext|>, the largest token id of GPT-2
+MAGIC, VERSION = 20240520, 1  # the first two numbers of a shard
+HEADER_BYTES = 256 * 4
 
+
+# ---- errors and files (all scripts use these) ----------------------------------------------------
 
 def fail(message):
-    """Ends the program: one line on stderr, exit code 1."""
-    sys.exit("fineweb.py: " + " ".join(message.split()))
+    """End the program with exit code 1 and the message as one line on stderr."""
+    sys.exit("error: " + " ".join(str(message).split())[:500])
 
 
-def why(error):
+def describe(error):
+    """Return the type and the message of an exception."""
     return f"{type(error).__name__}: {str(error)[:300]}"
 
-# ---------------------------------------------------------------------------------------------------------------------
-# shards
+
+@contextmanager
+def explain(message, *errors):
+    """Turn errors of the given types into one line: the message, then what the error says."""
+    try:
+        yield
+    except errors as e:
+        fail(f"{message}: {e}")
+
+
+@contextmanager
+def one_line_errors():
+    """Turn I/O and out-of-memory errors into one line; a decorator or a with statement."""
+    try:
+        yield
+    except OSError as e:
+        fail(e)
+    except RuntimeError as e:  # PyTorch says so in the first way for a GPU, else in the second
+        if "out of memory" not in str(e) and "can't allocate memory" not in str(e):
+            raise
+        fail("out of memory: lower --batch_size (the result is the same: gradients accumulate)")
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser of options whose errors are one line."""
+
+    def error(self, message):
+        fail(f"{message} (--help lists the options)")
 
 
 @contextmanager
 def replacing(path):
-    """A binary file that takes its name only once it is whole and on the disk; after an error nothing is left of it."""
+    """Open path.tmp for writing; rename it to path once it is whole and on the disk; delete it
+    after an error. Raise OSError, with the path, if it cannot be written."""
     try:
         with open(path + ".tmp", "wb") as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
         os.replace(path + ".tmp", path)
-    except BaseException:
+    except BaseException as e:
         with suppress(OSError):
             os.unlink(path + ".tmp")
+        if isinstance(e, (OSError, RuntimeError)):  # torch.save makes the second of a full disk
+            raise OSError(f"cannot write {path}: {e}; what was there before is untouched") from e
         raise
 
 
+# ---- shards --------------------------------------------------------------------------------------
+
+
 def write_shard(path, tokens):
-    """Writes a shard, all of it or nothing, and returns its number of tokens.
-    tokens: a sequence of ids below 65536, or a generator of such sequences, of which one at a time is in memory."""
+    """Write a shard, or nothing after an error, and return its number of tokens.
+    tokens: a sequence of ids below 65536, or a generator of such sequences, which saves memory."""
     count = 0
     with replacing(path) as f:
-        f.write(bytes(HEADER * 4))
-        for part in [tokens] if hasattr(tokens, "__len__") else tokens:
-            f.write(np.asarray(part, dtype=np.uint16).tobytes())
-            count += len(part)
-        f.seek(0)  # only now is the count known
+        f.write(bytes(HEADER_BYTES))
+        for piece in [tokens] if hasattr(tokens, "__len__") else tokens:
+            f.write(np.asarray(piece, dtype=np.uint16).tobytes())
+            count += len(piece)
+        f.seek(0)  # the header comes last, because only now is the count known
         f.write(np.array([MAGIC, VERSION, count], dtype=np.int32).tobytes())
     return count
 
 
 def open_shard(path):
-    """The shard's tokens, uint16, memory-mapped. ValueError says what is wrong with it, OSError if it is unreadable."""
-    header = np.fromfile(path, dtype=np.int32, count=HEADER)
-    if len(header) < HEADER or header[0] != MAGIC or header[1] != VERSION:
+    """Return the tokens of a shard, a memory-mapped array of uint16.
+    Raise ValueError if the file is not a whole shard, and OSError if it cannot be read."""
+    header = np.fromfile(path, dtype=np.int32, count=HEADER_BYTES // 4)
+    if header.nbytes < HEADER_BYTES or header[0] != MAGIC or header[1] != VERSION:
         raise ValueError(f"not a GPT-2 token shard (it does not start with {MAGIC}, {VERSION})")
     count, size = int(header[2]), os.path.getsize(path)
-    if count < 1 or size != HEADER * 4 + 2 * count:
-        raise ValueError(f"damaged: its header says {count} tokens, its size {(size - HEADER * 4) / 2:g}")
-    return np.memmap(path, dtype=np.uint16, mode="r", offset=HEADER * 4, shape=(count,))
+    if count < 1 or size != HEADER_BYTES + 2 * count:
+        raise ValueError(f"damaged: its header says {count} tokens, but it has {size} bytes")
+    return np.memmap(path, dtype=np.uint16, mode="r", offset=HEADER_BYTES, shape=(count,))
+
+
+class TokenSequence:
+    """Shards, one after the other, as an endless sequence of tokens: after the last it repeats."""
+
+    def __init__(self, paths, shards, vocab_size):
+        self.paths = paths
+        self.shards = shards
+        self.vocab_size = vocab_size
+        self.ends = np.cumsum([len(shard) for shard in shards])  # where each shard ends
+
+    def __len__(self):
+        """Return the number of tokens after which the sequence repeats."""
+        return int(self.ends[-1])
+
+    def read(self, start, n):
+        """Return tokens [start, start + n), an array of uint16."""
+        tokens = np.empty(n, np.uint16)
+        filled = 0
+        while filled < n:
+            position = (start + filled) % len(self)
+            i = int(np.searchsorted(self.ends, position, side="right"))
+            start_of_shard = int(self.ends[i]) - len(self.shards[i])
+            piece = self.shards[i][position - start_of_shard:][:n - filled]
+            if piece.max() >= self.vocab_size:
+                fail(f"{self.paths[i]} holds token {piece.max()}, beyond "
+                     f"--vocab_size={self.vocab_size}")
+            tokens[filled:filled + len(piece)] = piece
+            filled += len(piece)
+        return tokens
+
+
+def open_shards(data_dir, split, vocab_size):
+    """Return the shards of a split, "train" or "val", in the order of their names."""
+    pattern = f"*_{split}_*.bin"
+    paths = sorted(glob.glob(os.path.join(glob.escape(data_dir), pattern)))
+    if not paths:
+        fail(f"no {split} shards ({pattern}) in {data_dir}: make them with fineweb.py, or use "
+             "--data_dir=DIR")
+    shards = []
+    for path in paths:
+        with explain(path, OSError, ValueError):
+            shards.append(open_shard(path))
+    return TokenSequence(paths, shards, vocab_size)
 
 
 def shard_path(data_dir, index):
-    return os.path.join(data_dir, f"fineweb_{'train' if index else 'val'}_{index:06d}.bin")
+    """Return the path of the validation shard (index 0) or of a train shard (1, 2, ...)."""
+    split = "val" if index == 0 else "train"
+    return os.path.join(data_dir, f"fineweb_{split}_{index:06d}.bin")
 
 
 def check(data_dir):
-    """Prints a table of the shards; returns the exit code, 1 if one is bad or missing."""
-    paths = sorted(glob.glob(os.path.join(glob.escape(data_dir), "*.bin")), key=lambda p: ("_val_" not in p, p))
+    """Print a table of the shards. Return the exit code: 1 if a shard is bad or missing, else 0."""
+    paths = sorted(glob.glob(os.path.join(glob.escape(data_dir), "*.bin")))
     if not paths:
-        fail(f"no shards (*.bin) in {data_dir}: name their folder with --data_dir")
-    have = {int(n) for path in paths for n in re.findall(r"_(\d+)\.bin$", path)}
-    gaps = sorted(set(range(max(have, default=0))) - have)
-    print(f"{'shard':<28}{'tokens':>13}{'documents':>11}{'largest id':>12}  {'starts with':<17}verdict")
-    bad = total = 0
+        fail(f"no shards (*.bin) in {data_dir}; give their folder with --data_dir")
+    names = {path: os.path.basename(path) for path in paths}
+    paths.sort(key=lambda path: "_val_" not in names[path])  # validation first: False comes first
+    row = "{:<28}{:>13}{:>11}{:>12}  {:<17}{}".format
+    print(row("shard", "tokens", "documents", "largest id", "starts with", "verdict"))
+    total = bad = 0
     for path in paths:
-        count, documents, largest, starts, verdict = 0, 0, 0, "", "ok"
+        count = documents = largest = 0
+        start, verdict = "", "ok"
         try:
             tokens = open_shard(path)
-            count, starts = len(tokens), "a document" if tokens[0] == EOT else "a remainder"
-            for i in range(0, count, 1 << 24):  # 32 MB at a time
-                documents += int((tokens[i:i + (1 << 24)] == EOT).sum())
-                largest = max(largest, int(tokens[i:i + (1 << 24)].max()))
+            count, largest = len(tokens), int(tokens.max())
+            blocks = np.array_split(tokens, 64)  # one after the other, to save memory
+            documents = sum(np.count_nonzero(block == EOT) for block in blocks)
+            start = "a document" if tokens[0] == EOT else "a remainder"
             if largest > EOT:
-                verdict = f"BAD: GPT-2's ids end at {EOT}"
-            elif "_val_" in path and tokens[0] != EOT:  # train shards begin where the one before was cut
+                verdict = f"BAD: the token ids of GPT-2 end at {EOT}"
+            elif "_val_" in names[path] and tokens[0] != EOT:  # a train shard may continue a document
                 verdict = f"BAD: its first token is not {EOT}"
         except (OSError, ValueError) as e:
             verdict = f"BAD: {e}"
-        bad, total = bad + (verdict != "ok"), total + count
-        print(f"{os.path.basename(path):<28}{count:>13,}{documents:>11,}{largest:>12}  {starts:<17}{verdict}")
-    print(f"{len(paths)} shards, {total:,} tokens, {bad} bad" + f", MISSING: {str(gaps)[1:-1]}" * bool(gaps))
-    return 1 if bad or gaps else 0
+        total += count
+        bad += verdict != "ok"
+        print(row(names[path], f"{count:,}", f"{documents:,}", largest, start, verdict))
+    present = {int(n) for n in re.findall(r"_(\d+)\.bin$", "\n".join(paths), re.MULTILINE)}
+    missing = [str(i) for i in range(max(present, default=0)) if i not in present]
+    gaps = f", MISSING: {', '.join(missing)}" if missing else ""
+    print(f"{len(paths)} shards, {total:,} tokens, {bad} bad{gaps}")
+    return 1 if bad or missing else 0
 
-# ---------------------------------------------------------------------------------------------------------------------
-# sources of text: .id tells them apart, .read(start) yields the documents (str, or None for a hole in a table) from
-# number start on, .fraction says how much of the whole has been read (None: unknown)
 
+# ---- sources of text -----------------------------------------------------------------------------
+# A source is an object with the attributes
+#   id           the options that chose it, a dictionary for progress.json
+#   read(start)  yields the documents from number `start` on: str, or None for an empty table cell
+#   fraction     how much of the whole has been read, from 0 to 1; None if unknown
+#   counts       number of documents of each file read to its end, to skip it later (Files only)
 
 def text_column(names, where):
-    """The text column's name: text in FineWeb, TEXT or Text in other places."""
+    """Return the name of the text column: text in FineWeb, Text or TEXT in other data."""
     for name in names:
         if name.lower() == "text":
             return name
-    fail(f"{where}: no text column among: {', '.join(names)}")
+    fail(f"{where}: no text column among: {', '.join(names)}; rename the right one to text")
 
 
 def column_texts(tables, where):
+    """Yield the texts of Arrow tables of one column."""
     for table in tables:
-        if not re.search("string|null", str(table.schema.types[0])):
-            fail(f"{where}: the column {table.schema.names[0]} holds {table.schema.types[0]}, not text")
+        column = table.schema.field(0)
+        if not re.search("string|null", str(column.type)):
+            fail(f"{where}: the column {column.name} holds {column.type}; it must hold strings")
         yield from table.column(0).to_pylist()
 
 
 def json_texts(stream, path):
-    """One object a line, or an array of objects (which is read whole)."""
-    array = stream.peek(1).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"["
-    for n, row in enumerate(json.load(stream) if array else stream, 1):
-        where = f"{path} {'element' if array else 'line'} {n}"
-        if not array:
+    """Yield the texts of JSON objects: one object a line, or an array, which is read whole."""
+    # a byte order mark and white space may come before the array
+    is_array = stream.peek(1).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+    unit = "element" if is_array else "line"
+    for number, row in enumerate(json.load(stream) if is_array else stream, 1):
+        where = f"{path} {unit} {number}"
+        if not is_array:
             if row.isspace():
                 continue
             try:
                 row = json.loads(row)
             except ValueError as e:
-                fail(f"{where}: not JSON ({e}); repair or drop it")
+                fail(f"{where}: not JSON ({e}); repair or delete it")
         if not isinstance(row, dict):
-            fail(f'{where}: not an object like {{"text": "..."}}; repair or drop it')
+            fail(f'{where}: not an object like {{"text": "..."}}; repair or delete it')
         text = row["text"] if "text" in row else row[text_column(row, where)]
-        if not isinstance(text, (str, type(None))):
-            fail(f"{where}: its text is of type {type(text).__name__}, not a string; repair or drop it")
+        if text is not None and not isinstance(text, str):
+            fail(f"{where}: its text has type {type(text).__name__}, not str; repair or delete it")
         yield text
 
 
 def txt_texts(stream):
-    """One document, or several with <|endoftext|> (which never straddles lines) between them."""
-    parts, lines = [], io.TextIOWrapper(stream, encoding="utf-8", newline="")
+    """Yield the documents of a plain text: one, or several with <|endoftext|> between them."""
+    # newline="" keeps \r\n; the variable keeps the stream open after the loop
+    lines = io.TextIOWrapper(stream, encoding="utf-8", newline="")
+    parts = []  # of the current document
     for line in lines:
-        head, *others = line.split("<|endoftext|>")
-        parts.append(head)
-        for other in others:
+        end_of_document, *next_documents = line.split("<|endoftext|>")
+        parts.append(end_of_document)
+        for text in next_documents:
             yield "".join(parts)
-            parts = [other]
+            parts = [text]
     yield "".join(parts)
 
 
 class Files:
-    kinds = re.compile(r"\.(?:(parquet)|(jsonl|json|txt)(?:\.(gz|xz|zst))?)$", re.IGNORECASE)
+    """Local files as a source of text."""
+    file_type = re.compile(r"\.(parquet|(?:jsonl|json|txt)(?:\.(?:gz|xz|zst))?)$", re.IGNORECASE)
 
     def __init__(self, patterns):
-        self.sizes = {}  # path -> bytes; keeps the order, and a file that two patterns match counts once
+        self.sizes = {}  # path -> bytes, in reading order; a file matched twice is read once
         for pattern in patterns:
-            found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
-            self.sizes |= {path: os.path.getsize(path) for path in found if os.path.isfile(path)}
-            if not any(map(os.path.isfile, found)):
-                fail(f"--files {pattern}: no such file")
-        for path in self.sizes:
-            if not self.kinds.search(path):
-                fail(f"--files {path}: neither parquet nor jsonl, json or txt (plain, .gz, .xz or .zst)")
+            # the name of an existing file is no pattern, even if it contains [ or *
+            matches = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
+            paths = [path for path in sorted(matches) if os.path.isfile(path)]
+            if not paths:
+                fail(f"--files {pattern}: no such file; check the name")
+            for path in paths:
+                if not self.file_type.search(path):
+                    fail(f"--files {path}: unknown type of file; --help lists the known types")
+                self.sizes[path] = os.path.getsize(path)
         self.id = {"files": [[os.path.basename(path), size] for path, size in self.sizes.items()]}
-        self.counts, self.fraction = [], None  # counts: documents of the files read to the end, skipped when resuming
+        self.counts, self.fraction = [], None
 
     def read(self, start):
-        passed = 0
+        total_bytes = sum(self.sizes.values())
+        bytes_before = 0  # in the files before the current one
         for i, (path, size) in enumerate(self.sizes.items()):
-            if i >= len(self.counts) or start < self.counts[i]:
-                n = 0
+            # `start` counts from the beginning of this file; a file that ends before is skipped
+            if i == len(self.counts) or start < self.counts[i]:
+                count = 0
                 try:
                     with open(path, "rb") as raw:
-                        for n, text in enumerate(self.texts(raw, path), 1):
-                            if n > start:
-                                self.fraction = (passed + raw.tell()) / sum(self.sizes.values())
+                        for count, text in enumerate(self.texts(raw, path), 1):
+                            if count > start:
+                                self.fraction = (bytes_before + raw.tell()) / total_bytes
                                 yield text
-                except Exception as e:  # every format and codec has errors of its own
-                    fail(f"{path}: cannot be read ({why(e)}); repair it or leave it out")
-                self.counts[i:i + 1] = [n]
-            start, passed = max(0, start - self.counts[i]), passed + size
+                except Exception as e:  # every format and every codec has its own exceptions
+                    fail(f"{path}: cannot be read ({describe(e)}); repair it or leave it out")
+                if i == len(self.counts):
+                    self.counts.append(count)
+            start = max(0, start - self.counts[i])
+            bytes_before += size
 
     def texts(self, raw, path):
-        parquet, kind, codec = (group and group.lower() for group in self.kinds.search(path).groups())
-        if parquet:
+        """Return an iterator over the documents of an open file."""
+        kind, _, codec = self.file_type.search(path)[1].lower().partition(".")  # "jsonl", "gz"
+        if kind == "parquet":
             import pyarrow.parquet
-            file = pyarrow.parquet.ParquetFile(raw, buffer_size=1 << 20)  # a column chunk may be larger than the memory
-            return column_texts(file.iter_batches(64, columns=[text_column(file.schema_arrow.names, path)]), path)
-        if codec == "zst":
+            # the buffer is small, because a column chunk may be larger than the memory
+            file = pyarrow.parquet.ParquetFile(raw, buffer_size=1 << 20)
+            column = text_column(file.schema_arrow.names, path)
+            return column_texts(file.iter_batches(64, columns=[column]), path)
+        if codec == "gz":
+            raw = gzip.open(raw)
+        elif codec == "xz":
+            raw = lzma.open(raw)
+        elif codec == "zst":
             import pyarrow
             raw = io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"))
-        elif codec:
-            raw = gzip.open(raw) if codec == "gz" else lzma.open(raw)
         return txt_texts(raw) if kind == "txt" else json_texts(raw, path)
 
 
 class Hub:
-    """A dataset of the Hugging Face hub: fetched whole first, or streamed."""
+    """A dataset of the Hugging Face hub as a source of text, downloaded whole or streamed."""
+
     def __init__(self, dataset, name, split, streaming, num_proc):
         from datasets import load_dataset
         self.id = {"dataset": dataset, "name": name, "split": split}
-        self.where, self.counts, self.fraction = f"--dataset {dataset}", [], None
-        fetchers = None if streaming or num_proc == 1 else min(num_proc, 16)  # 16: the hub limits requests
+        self.where = f"--dataset {dataset}"
+        self.counts, self.fraction = [], None
+        # at most 16 processes, because the hub limits the rate of requests
+        downloaders = None if streaming or num_proc == 1 else min(num_proc, 16)
         try:
-            data = load_dataset(dataset, name=name, split=split, streaming=streaming, num_proc=fetchers)
-            names = data.column_names or list(next(iter(data)))  # streams need not declare their columns
-        except Exception as e:  # no network, no such dataset, name or split: many types
-            fail(f"{self.where}: cannot be loaded ({why(e)}); check the network, --dataset, --name, --split")
-        splits = data.info.splits or {}  # a stream's length is what its card says, if it does
-        self.total = len(data) if not streaming else splits[split].num_examples if split in splits else None
+            data = load_dataset(dataset, name=name, split=split, streaming=streaming,
+                                num_proc=downloaders)
+            # a stream may not declare its columns, but its rows have them
+            names = data.column_names or list(next(iter(data)))
+        except Exception as e:  # many types: no network, no such dataset, name or split
+            fail(f"{self.where}: cannot be loaded ({describe(e)}); "
+                 "check the network, --dataset, --name and --split")
+        self.total = None if streaming else len(data)  # number of documents, None if unknown
+        if streaming and split in (data.info.splits or {}):
+            self.total = data.info.splits[split].num_examples
         self.data = data.select_columns([text_column(names, self.where)]).with_format("arrow")
 
     def read(self, start):
+        tables = self.data.skip(start).iter(64)
         try:
-            for n, text in enumerate(column_texts(self.data.skip(start).iter(64), self.where), start + 1):
-                self.fraction = n / self.total if self.total else None
+            for number, text in enumerate(column_texts(tables, self.where), start + 1):
+                self.fraction = number / self.total if self.total else None
                 yield text
         except Exception as e:
-            fail(f"{self.where}: reading stopped ({why(e)}); start again to go on after the last finished shard")
+            fail(f"{self.where}: reading stopped ({describe(e)}); start again to resume")
 
-# ---------------------------------------------------------------------------------------------------------------------
-# tokens: workers turn lists of documents into arrays, the parent keeps the order
 
+# ---- vocabularies --------------------------------------------------------------------------------
+
+class Bytes:
+    """The tokenizer of vocabularies that are too small for GPT-2's: a token is a byte."""
+    n_vocab = 256
+    eot_token = 0
+
+    def encode_ordinary(self, text):
+        return list(text.encode(errors="replace"))
+
+    def decode(self, ids):
+        return bytes(ids).decode(errors="replace")
+
+
+def get_tokenizer(vocab_size):
+    """Return GPT-2's BPE for 50,257 tokens or more, else Bytes. Say why and return None if the BPE
+    is neither in tiktoken's cache nor to be downloaded."""
+    if vocab_size < 50257:
+        return Bytes()
+    import tiktoken
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except OSError as e:
+        print(f"no samples and no HellaSwag: GPT-2's BPE cannot be downloaded ({type(e).__name__}); "
+              "set TIKTOKEN_CACHE_DIR to a folder into which tiktoken has downloaded it before",
+              file=sys.stderr)
+        return None
+
+
+# ---- tokens --------------------------------------------------------------------------------------
+# Worker processes tokenize lists of documents. The parent process keeps the lists in order.
 
 def start_worker():
-    """Runs in each worker. A parent killed with -9 cannot stop its workers, so they watch it."""
+    """Load the tokenizer in a new worker, and make the worker end when the parent ends."""
     import tiktoken
-    global enc
-    enc = tiktoken.get_encoding("gpt2")
+    global encoding
+    encoding = tiktoken.get_encoding("gpt2")
     parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+    def exit_after_parent():  # a parent killed by SIGKILL cannot stop its workers
+        parent.join()
+        os._exit(1)
+    threading.Thread(target=exit_after_parent, daemon=True).start()
 
 
 def tokenize(texts):
-    """-> the tokens of all documents (uint16), and how many are of each (a list, 0 for a blank document)."""
-    parts, lengths = [np.zeros(0, np.uint16)], []
+    """Return the tokens of all documents (uint16), and a list of the number of tokens of each.
+    Each document counts with the EOT before it; a blank document has 0 tokens."""
+    parts = [np.zeros(0, np.uint16)]  # np.concatenate needs at least one array
+    lengths = []
     for text in texts:
         if not text or text.isspace():
             lengths.append(0)
             continue
-        try:  # gives what encode_ordinary gives, in 5/6 of the time and a tenth of the memory
-            ids = enc.encode_to_numpy(text, disallowed_special=())
-        except UnicodeEncodeError:  # a lone surrogate, "\ud800" in JSON; encode_ordinary puts U+FFFD there
-            ids = enc.encode_ordinary(text)
+        try:  # the same ids as encode_ordinary, in 5/6 of the time and a tenth of the memory
+            ids = encoding.encode_to_numpy(text, disallowed_special=())
+        except UnicodeEncodeError:  # a lone surrogate, "\ud800" in JSON; here it becomes U+FFFD
+            ids = encoding.encode_ordinary(text)
         parts += [[EOT], ids]
         lengths.append(1 + len(ids))
     return np.concatenate(parts, dtype=np.uint16, casting="unsafe"), lengths
 
 
 def batches(texts):
-    """Lists of documents: large, as each costs a round trip to a worker; not too large, as many are in flight."""
-    batch, size = [], 0
+    """Yield lists of documents. A list is large, because each one costs a round trip to a worker,
+    but its size is limited, because many lists are in memory."""
+    batch, characters = [], 0
     for text in texts:
         batch.append(text)
-        size += len(text or "")
-        if len(batch) == 256 or size >= 1_000_000:
+        characters += len(text or "")
+        if len(batch) == 256 or characters >= 1_000_000:
             yield batch
-            batch, size = [], 0
+            batch, characters = [], 0
     yield batch
 
 
 def tokenized(source, start, num_proc):
-    """Yields what tokenize returns, in order, and the fraction of the source read by then."""
-    pool = ProcessPoolExecutor(num_proc, multiprocessing.get_context("spawn"), initializer=start_worker)
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited by the workers: Ctrl-C is for the parent
+    """Yield (tokens, lengths, fraction) for each batch of source.read(start), in order. The first
+    two come from tokenize; fraction is source.fraction after the batch was read."""
+    pool = ProcessPoolExecutor(num_proc, multiprocessing.get_context("spawn"),
+                               initializer=start_worker)
+    # workers inherit that SIGINT is ignored: Ctrl-C reaches all processes, only the parent reacts
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     for _ in range(num_proc):
-        pool.submit(int)  # starts a worker, as long as none is idle
+        pool.submit(int)  # a task that does nothing, but starts a worker if none is idle
     signal.signal(signal.SIGINT, handler)
-    pending = deque()
+    pending = deque()  # (future, fraction) of each batch that is with the workers
     try:
         for batch in batches(source.read(start)):
             pending.append((pool.submit(tokenize, batch), source.fraction))
-            if len(pending) > 3 * num_proc:  # bounds the memory, whoever is slower
+            if len(pending) > 3 * num_proc:  # limits the memory if the workers are slow
                 future, fraction = pending.popleft()
                 yield *future.result(), fraction
         for future, fraction in pending:
             yield *future.result(), fraction
     except BrokenProcessPool:
-        fail("a worker died, for want of memory perhaps: start again with a smaller --num_proc, it goes on")
+        fail("a worker died, perhaps for lack of memory; resume with a smaller --num_proc")
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-class Stream:
-    """The one token stream, from token `skip` of document `start` on; `start` becomes the answer's first document."""
-    def __init__(self, answers, start, skip):
-        self.answers, self.start, self.i = answers, start, skip
-        self.tokens, self.lengths, self.fraction = [], [], None
+class TokenReader:
+    """Reader of the token sequence, from token `skip` of document `document` on.
+    results: iterator over (tokens, lengths, fraction); its first batch starts at that document."""
 
-    def more(self):
-        """Waits for the next token; False at the end of the stream."""
-        while self.i >= len(self.tokens):
-            answer = next(self.answers, None)
-            if answer is None:
+    def __init__(self, results, document, skip):
+        self.results = results
+        self.document = document  # number of the first document of the current batch
+        self.tokens, self.lengths, self.fraction = [], [], None  # the current batch: none yet
+        self.index = skip  # of the next token, counted from the start of the current batch
+
+    def has_next(self):
+        """Wait until the next token is there. Return False at the end of the sequence."""
+        while self.index >= len(self.tokens):
+            result = next(self.results, None)
+            if result is None:
                 return False
-            self.i, self.start = self.i - len(self.tokens), self.start + len(self.lengths)
-            self.tokens, self.lengths, self.fraction = answer
+            self.index -= len(self.tokens)
+            self.document += len(self.lengths)
+            self.tokens, self.lengths, self.fraction = result
         return True
 
     def take(self, n):
-        """Yields the next n tokens, fewer at the end of the stream, in pieces."""
-        while n and self.more():
-            piece = self.tokens[self.i:self.i + n]
-            self.i, n = self.i + len(piece), n - len(piece)
+        """Yield the next n tokens in pieces, or fewer tokens if the sequence ends."""
+        while n > 0 and self.has_next():
+            piece = self.tokens[self.index:self.index + n]
+            self.index += len(piece)
+            n -= len(piece)
             yield piece
 
-    def place(self):
-        """-> the next token's document, and which token of it that is."""
+    def position(self):
+        """Return the document of the next token, which must exist, and the token's index in it."""
         ends = np.cumsum(self.lengths)
-        d = int(np.searchsorted(ends, self.i, side="right"))
-        return self.start + d, self.i - int(ends[d]) + self.lengths[d]
+        i = int(np.searchsorted(ends, self.index, side="right"))  # its document in the batch
+        return self.document + i, self.index - int(ends[i] - self.lengths[i])
 
-# ---------------------------------------------------------------------------------------------------------------------
 
+# ---- making the shards ---------------------------------------------------------------------------
 
 def save_progress(data_dir, progress):
+    """Write progress.json."""
     with replacing(os.path.join(data_dir, "progress.json")) as f:
         f.write(json.dumps(progress).encode())
 
 
 def load_progress(data_dir, options):
-    """What is done in the folder and where the next shard starts. Shards of other options are never written over."""
+    """Return what is done in the folder and where the next shard starts. End the program rather
+    than overwrite shards that were made with other options."""
     path = os.path.join(data_dir, "progress.json")
-    fresh = {"options": options, "shard": 0, "document": 0, "token": 0, "tokens": 0, "counts": [], "finished": False}
+    fresh = {"options": options, "shard": 0, "document": 0, "token": 0, "tokens": 0, "counts": [],
+             "finished": False}
     if not os.path.exists(path):
         if glob.glob(os.path.join(glob.escape(data_dir), "*.bin")):
-            fail(f"{data_dir} has shards but no progress.json to go on from: use another --data_dir, or delete them")
+            fail(f"{data_dir} has shards but no progress.json; use another --data_dir")
         return fresh
     try:
         with open(path) as f:
             progress = json.load(f)
-        old, shards = progress["options"], progress["shard"]
+        old_options, shards = progress["options"], progress["shard"]
     except (ValueError, KeyError, TypeError):
-        fail(f"{path} is damaged: use another --data_dir, or delete it and the shards beside it")
-    if old != options:
+        fail(f"{path} is damaged; delete it and the shards beside it, or use another --data_dir")
+    if old_options != options:
         if shards == 0:
             return fresh
-        was = " ".join(f"--{k} {str(v)[:60]}" for k, v in old.items() if v != options.get(k))
-        fail(f"{data_dir} was begun with {was}: give the same options to go on, or another --data_dir")
+        old = " ".join(f"--{name} {str(value)[:60]}" for name, value in old_options.items()
+                       if value != options.get(name))
+        fail(f"{data_dir} was begun with {old}; use the same options, or another --data_dir")
     for i in range(shards):
         try:
             open_shard(shard_path(data_dir, i))
         except (OSError, ValueError) as e:
-            fail(f"{shard_path(data_dir, i)}: {why(e)}; put it back, or delete {path} and the shards to start afresh")
+            fail(f"{shard_path(data_dir, i)}: {describe(e)}; "
+                 f"restore it, or delete {path} and all shards to start afresh")
     return progress
 
 
-def build(data_dir, source, shard_size, val_tokens, max_tokens, num_proc):
-    """Makes the shards, or goes on making them."""
+def show_progress(pieces, bar, reader, limit):
+    """Yield the pieces, and advance the progress bar after each. The bar's total is estimated from
+    the fraction of the source that has been read."""
+    for piece in pieces:
+        yield piece
+        if reader.fraction:
+            bar.total = min(limit, int((bar.n + len(piece)) / reader.fraction))
+        bar.update(len(piece))
+
+
+def make_shards(data_dir, source, shard_size, val_tokens, max_tokens, num_proc):
+    """Make the shards, or resume making them. max_tokens=None means no limit."""
     import tiktoken
     from tqdm import tqdm
-    options = {**source.id, "shard_size": shard_size, "val_tokens": val_tokens, "max_tokens": max_tokens}
+    options = {**source.id, "shard_size": shard_size, "val_tokens": val_tokens,
+               "max_tokens": max_tokens}
     progress = load_progress(data_dir, options)
-    shard, done, source.counts = progress["shard"], progress["tokens"], progress["counts"]
+    shard, done = progress["shard"], progress["tokens"]
     if progress["finished"]:
-        return print(f"{data_dir}: finished before, {done:,} tokens in {shard} shards; nothing to do")
+        print(f"{data_dir}: finished before, {done:,} tokens in {shard} shards; nothing to do")
+        return
     try:
-        tiktoken.get_encoding("gpt2")  # the workers find it in tiktoken's cache then
+        tiktoken.get_encoding("gpt2")  # download it to the cache, from which the workers load it
     except Exception as e:
-        fail(f"GPT-2's vocabulary cannot be had ({why(e)}): connect once, or point TIKTOKEN_CACHE_DIR at a copy")
+        fail(f"cannot load GPT-2's vocabulary ({describe(e)}); "
+             "connect to the network once, or set TIKTOKEN_CACHE_DIR to a copy")
+    source.counts = progress["counts"]  # the same list, so what the source appends is saved
     save_progress(data_dir, progress)
-    most = max_tokens or sys.maxsize
-    answers = tokenized(source, progress["document"], num_proc)
-    stream = Stream(answers, progress["document"], progress["token"])
-    with closing(answers), tqdm(initial=done, total=max_tokens, unit="tok", unit_scale=True) as bar:
-        def next_shard():
-            for piece in stream.take(min(shard_size if shard else val_tokens, most - done)):
-                yield piece
-                bar.total = min(most, int((bar.n + len(piece)) / stream.fraction)) if stream.fraction else max_tokens
-                bar.update(len(piece))
-            if shard == 0 and not stream.more():
-                fail(f"there are only {bar.n:,} tokens: --val_tokens {val_tokens} leaves none to train on, choose less")
-        while shard == 0 or (done < most and stream.more()):
-            done += write_shard(shard_path(data_dir, shard), next_shard())
+    limit = max_tokens or sys.maxsize
+    results = tokenized(source, progress["document"], num_proc)
+    reader = TokenReader(results, progress["document"], progress["token"])
+    with closing(results), tqdm(initial=done, total=max_tokens, unit="tok", unit_scale=True) as bar:
+        unfinished = shard == 0 or reader.has_next()
+        while unfinished:
+            path = shard_path(data_dir, shard)
+            size = val_tokens if shard == 0 else shard_size
+            pieces = reader.take(min(size, limit - done))
+            done += write_shard(path, show_progress(pieces, bar, reader, limit))
+            unfinished = done < limit and reader.has_next()
+            if shard == 0 and not unfinished:
+                os.unlink(path)
+                fail(f"there are only {done:,} tokens; lower --val_tokens to keep some to train on")
             shard += 1
             progress |= {"shard": shard, "tokens": done}
-            if done < most and stream.more():
-                progress["document"], progress["token"] = stream.place()
+            if unfinished:
+                progress["document"], progress["token"] = reader.position()
                 save_progress(data_dir, progress)
     save_progress(data_dir, progress | {"finished": True})
     print(f"{data_dir}: {done:,} tokens in {shard} shards")
 
 
-def fetch(data_dir, repo, max_tokens):
-    """Fetches published shards, validation first, until there are max_tokens; whole ones here already are kept."""
+def fetch_shards(data_dir, repo, max_tokens):
+    """Download published shards, validation first, until there are max_tokens (None: all). Shards
+    that are in the folder already are kept if they are whole."""
     from huggingface_hub import HfApi, hf_hub_download
     if os.path.exists(os.path.join(data_dir, "progress.json")):
-        fail(f"{data_dir} holds shards made here (progress.json): give published ones another --data_dir")
+        fail(f"{data_dir} holds shards made here (progress.json); use another --data_dir")
     total = 0
     try:
-        files = {e.path: e.size for e in HfApi().list_repo_tree(repo, repo_type="dataset") if e.path.endswith(".bin")}
-        found = [(int(n), name) for name in files for n in re.findall(r"_(?:val|train)_(\d+)\.bin$", name)]
-        if not found:
+        published = []  # (index, name, bytes) of each shard
+        for entry in HfApi().list_repo_tree(repo, repo_type="dataset"):
+            match = re.search(r"_(?:val|train)_(\d+)\.bin$", entry.path)
+            if match:
+                published.append((int(match[1]), entry.path, entry.size))
+        if not published:
             fail(f"--dataset {repo}: no shards (*_val_000000.bin, *_train_000001.bin, ...) in it")
-        for i, (n, name) in enumerate(sorted(found)):
-            if max_tokens and total >= max_tokens and i > 1:  # i > 1: at least one to train on
+        for i, (index, name, size) in enumerate(sorted(published)):
+            if max_tokens and total >= max_tokens and i >= 2:  # at least one to train on
                 break
-            path = shard_path(data_dir, n)
+            path = shard_path(data_dir, index)
             try:
-                whole = open_shard(path).nbytes + HEADER * 4 == files[name]
+                whole = open_shard(path).nbytes + HEADER_BYTES == size
             except (OSError, ValueError):
                 whole = False
             if not whole:
                 with suppress(FileNotFoundError):
-                    os.unlink(path)  # the client could take a damaged file for the one it once fetched
-                os.replace(hf_hub_download(repo, name, repo_type="dataset", local_dir=data_dir), path)
+                    os.unlink(path)  # or the client may take a damaged file for its download
+                file = hf_hub_download(repo, name, repo_type="dataset", local_dir=data_dir)
+                os.replace(file, path)
             total += len(open_shard(path))
-            print(f"{path}: {'fetched' if not whole else 'here already'}, {total:,} tokens by now")
+            print(f"{path}: {'already here' if whole else 'downloaded'}, {total:,} tokens so far")
     except Exception as e:
-        fail(f"--dataset {repo}: fetching stopped ({why(e)}); start again to go on, what is whole stays")
+        fail(f"--dataset {repo}: download stopped ({describe(e)}); start again to resume")
 
+
+def write_builtin_text(folder):
+    """Write shards of the Python reference manual, which every Python contains, unless they exist.
+    Each byte of the text is a token, and a byte 0 stands in front of each document."""
+    from pydoc_data.topics import topics
+    text = "".join("\0" + document for document in topics.values())
+    tokens = np.frombuffer(text.encode(), np.uint8)
+    n_val = len(tokens) // 10
+    parts = {"tiny_val_000000.bin": tokens[:n_val], "tiny_train_000001.bin": tokens[n_val:]}
+    os.makedirs(folder, exist_ok=True)
+    for name, part in parts.items():
+        if not os.path.exists(os.path.join(folder, name)):
+            write_shard(os.path.join(folder, name), part)
+
+
+# ---- command line --------------------------------------------------------------------------------
 
 def positive(text):
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
+    """Convert the text of an option to an integer of at least 1."""
+    with suppress(ValueError):
+        if int(text) >= 1:
+            return int(text)
+    raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+
+
+def parse_args():
+    """Return the options, checked and with all defaults filled in."""
+    parser = Parser(allow_abbrev=False, description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    add = parser.add_argument
+    add("--data_dir", default="fineweb10B", help="folder of the shards (default: %(default)s)")
+    add("--dataset", help="dataset of the Hugging Face hub (default: HuggingFaceFW/fineweb, or "
+        "kjj0/fineweb10B-gpt2 with --pretokenized)")
+    add("--name", help="configuration of the dataset (sample-10BT for fineweb and fineweb-edu)")
+    add("--split", default="train", help="split of the dataset (default: %(default)s)")
+    add("--files", nargs="+", metavar="PATTERN", help="local files to read instead of a dataset: "
+        "parquet, or jsonl, json and txt (plain, .gz, .xz or .zst); the files that match one "
+        "pattern are read in sorted order")
+    add("--pretokenized", action="store_true", help="download shards that others have published")
+    add("--check", action="store_true", help="check the shards in data_dir and print a table")
+    add("--max_tokens", type=positive, help="maximum number of tokens in all shards (default: all)")
+    add("--shard_size", type=positive, default=10**8,
+        help="tokens in a shard (default: %(default)s)")
+    add("--val_tokens", type=positive, help="tokens in the validation shard (default: shard_size)")
+    add("--num_proc", type=positive, default=cores, help="worker processes (default: %(default)s)")
+    args = parser.parse_args()
+    if args.files and (args.dataset or args.name or args.pretokenized):
+        fail("--files excludes --dataset, --name and --pretokenized; choose one source")
+    args.val_tokens = args.val_tokens or args.shard_size
+    if max(args.val_tokens, args.shard_size) >= 2**31:
+        fail("--shard_size and --val_tokens must be below 2147483648: a shard's header is int32")
+    if args.max_tokens and args.max_tokens <= args.val_tokens and not args.pretokenized:
+        fail(f"--max_tokens {args.max_tokens} must be above --val_tokens {args.val_tokens}, or no "
+             "token is left to train on")
+    default = "kjj0/fineweb10B-gpt2" if args.pretokenized else "HuggingFaceFW/fineweb"
+    args.dataset = args.dataset or default
+    if args.dataset in ("HuggingFaceFW/fineweb", "HuggingFaceFW/fineweb-edu"):
+        args.name = args.name or "sample-10BT"
+    return args
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
-    add = parser.add_argument
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    add("--data_dir", default="fineweb10B", help="folder of the shards (default: %(default)s)")
-    add("--dataset", help="on the hub (HuggingFaceFW/fineweb; with --pretokenized kjj0/fineweb10B-gpt2)")
-    add("--name", help="its configuration (sample-10BT for fineweb and fineweb-edu, otherwise none)")
-    add("--split", default="train", help="its split (%(default)s)")
-    add("--files", nargs="+", metavar="PATTERN", help="local files instead: parquet, jsonl, json, txt, also .gz, .xz "
-        "or .zst; each pattern's matches are sorted")
-    add("--pretokenized", action="store_true", help="fetch published shards instead")
-    add("--check", action="store_true", help="look for damage in the shards of data_dir and print a table")
-    add("--max_tokens", type=positive, help="stop after so many tokens, validation included (all)")
-    add("--shard_size", type=positive, default=10**8, help="tokens in a shard (%(default)s)")
-    add("--val_tokens", type=positive, help="tokens in the validation shard (shard_size)")
-    add("--num_proc", type=positive, default=cores, help="processes (all cores: %(default)s)")
-    args = parser.parse_args()
-    args.val_tokens = args.val_tokens or args.shard_size
-    if args.files and (args.dataset or args.name or args.pretokenized):
-        fail("--files goes with none of --dataset, --name, --pretokenized: choose one source")
-    if max(args.val_tokens, args.shard_size) >= 2**31:
-        fail("--shard_size and --val_tokens must be below 2147483648: a shard's header counts in int32")
-    if args.max_tokens and args.max_tokens <= args.val_tokens and not args.pretokenized:
-        fail(f"--max_tokens {args.max_tokens} leaves none to train on: give more than --val_tokens {args.val_tokens}")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # their warnings say less than fail's line
+    args = parse_args()
+    # hide the warnings of these packages: they say less than the message of `fail`
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
     try:
         if args.check:
             sys.exit(check(args.data_dir))
         os.makedirs(args.data_dir, exist_ok=True)
         if args.pretokenized:
-            return fetch(args.data_dir, args.dataset or "kjj0/fineweb10B-gpt2", args.max_tokens)
-        dataset = args.dataset or "HuggingFaceFW/fineweb"
-        sample = "sample-10BT" if dataset in ("HuggingFaceFW/fineweb", "HuggingFaceFW/fineweb-edu") else None
-        source = (Files(args.files) if args.files else
-                  Hub(dataset, args.name or sample, args.split, args.max_tokens is not None, args.num_proc))
-        build(args.data_dir, source, args.shard_size, args.val_tokens, args.max_tokens, args.num_proc)
+            return fetch_shards(args.data_dir, args.dataset, args.max_tokens)
+        if args.files:
+            source = Files(args.files)
+        else:
+            streaming = args.max_tokens is not None  # download only the text that is needed
+            source = Hub(args.dataset, args.name, args.split, streaming, args.num_proc)
+        make_shards(args.data_dir, source, args.shard_size, args.val_tokens, args.max_tokens,
+                    args.num_proc)
     except OSError as e:  # disk full, no permission, ...
-        fail(f"{args.data_dir}: {why(e)}; put that right and start again to go on after the last finished shard")
+        fail(f"{args.data_dir}: {describe(e)}; solve the problem and start again to resume")
     except KeyboardInterrupt:
-        fail("interrupted; start again with the same options to go on after the last finished shard")
+        fail("interrupted; start again with the same options to resume")
 
 
 if __name__ == "__main__":

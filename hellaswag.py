@@ -1,39 +1,50 @@
 """
-HellaSwag (Zellers et al. 2019, https://arxiv.org/abs/1905.07830): which of four endings continues a short context?
+HellaSwag (Zellers et al. 2019, https://arxiv.org/abs/1905.07830): which of four endings continues a
+short context?
 
-    python hellaswag.py log/gpt2/model_19073.pt    # score a checkpoint of any train_<arch>.py
-    python hellaswag.py gpt2                       # score a Hugging Face model with GPT-2's vocabulary
-                                                   # (OpenAI's 124M: acc 0.2859, acc_norm 0.2955)
-    python hellaswag.py gpt2 --style=lm-eval       # as published tables have it
+    python hellaswag.py log/gpt2/model_19073.pt  # score a checkpoint of any train_<arch>.py
+    python hellaswag.py gpt2                     # score a Hugging Face model that has GPT-2's
+                                                 # vocabulary (124M: acc 0.2859, acc_norm 0.2955)
+    python hellaswag.py gpt2 --style=lm-eval     # score it as published tables do
 
-Two styles. "completion", as build-nanogpt's hellaswag.py: the model reads context + " " + ending, and picks the ending with
-the lowest summed loss (acc) or the lowest loss per token (acc_norm). "lm-eval", as EleutherAI's lm-evaluation-harness: the
-activity comes first, WikiHow's markers are taken out, and acc_norm is the lowest loss per character.
+There are two styles. In "completion", as in build-nanogpt's hellaswag.py, the model reads the
+context, a space and an ending, and picks the ending with the lowest summed loss (acc) or the lowest
+loss per token (acc_norm). In "lm-eval", as in EleutherAI's lm-evaluation-harness, the activity comes
+first, WikiHow's markers are removed, and acc_norm is the lowest loss per character.
 """
 import hashlib
 import http.client
 import importlib
-import itertools
 import json
 import lzma
+import math
 import os
 import re
 import sys
 import time
 import urllib.request
+from collections import defaultdict
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from common import default_device, init_world
+from fineweb import Parser, explain, fail, get_tokenizer, one_line_errors, replacing
+from run import load_model, read_checkpoint
+
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
-SIZE, SHA256 = 12_246_618, "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
-FILE = "hellaswag_val.jsonl"  # where fetch() puts it
+SIZE = 12_246_618
+SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
+FILE = "hellaswag_val.jsonl"  # where download() puts it
 
 
-def fetch(path=FILE):
-    """Download the validation set to `path` unless it is there. Raises OSError when it cannot be had whole and genuine."""
+# ---- items ---------------------------------------------------------------------------------------
+
+def download(path=FILE):
+    """Download the validation set, unless path exists. Raises OSError if it cannot be had whole."""
     if os.path.exists(path):
         return
     try:
@@ -43,29 +54,39 @@ def fetch(path=FILE):
         raise OSError(f"{URL}: {e!r}") from None
     if len(data) != SIZE or hashlib.sha256(data).hexdigest() != SHA256:
         raise OSError(f"{URL} gave {len(data)} bytes that are not HellaSwag's validation set")
-    part = f"{path}.{os.getpid()}.tmp"
-    with open(part, "wb") as f:
-        f.write(data)
-    os.replace(part, path)
+    with replacing(path) as file:
+        file.write(data)
 
 
-def load(path, style="completion"):
-    """The items of a .jsonl or .jsonl.xz file: dicts with the texts that the style reads, `endings` (4 str) and `label`
-    (0..3). Raises ValueError that names the line when one is not such an item, OSError when the file cannot be read."""
-    items, names = [], STYLES[style][1]
-    with (lzma.open if str(path).endswith(".xz") else open)(path, "rb") as f:
+def parse_item(line, texts):
+    """Return one line's item. Raises ValueError, KeyError or TypeError if it is not one."""
+    fields = json.loads(line)
+    item = {key: fields[key] for key in (*texts, "endings")}
+    item["label"] = int(fields["label"])
+    strings = [item[key] for key in texts] + list(item["endings"])
+    if not all(isinstance(string, str) for string in strings):
+        raise TypeError
+    if len(item["endings"]) != 4 or not all([item[texts[0]], *item["endings"]]):
+        raise ValueError
+    if item["label"] not in range(4):
+        raise ValueError
+    return item
+
+
+def load_items(path, style="completion"):
+    """Return the items of a .jsonl or .jsonl.xz file: dicts with the texts that the style reads,
+    `endings` (4 str) and `label` (0 to 3). Raises ValueError that names the line if one is not such
+    an item, and OSError if the file cannot be read."""
+    texts = STYLES[style].texts
+    items = []
+    with (lzma.open if str(path).endswith(".xz") else open)(path, "rb") as file:
         try:
-            for n, line in enumerate(f, 1):
-                item = json.loads(line)
-                item = {**{k: item[k] for k in names}, "endings": item["endings"], "label": int(item["label"])}
-                texts = [item[names[0]], *item["endings"]]
-                if (len(texts) != 5 or not all(isinstance(t, str) and t for t in texts) or item["label"] not in range(4)
-                        or not all(isinstance(item[k], str) for k in names)):
-                    raise ValueError
-                items.append(item)
+            for line in file:
+                items.append(parse_item(line, texts))
         except (ValueError, KeyError, TypeError, RecursionError):
-            raise ValueError(f"{path}, line {n}: not an item of the original file, with the texts {', '.join(names)}, four endings "
-                             "and a label 0..3") from None
+            raise ValueError(
+                f"{path}, line {len(items) + 1}: not an item of the original file, which has the texts "
+                f"{', '.join(texts)}, four endings and a label from 0 to 3") from None
         except (EOFError, lzma.LZMAError) as e:
             raise ValueError(f"{path}: damaged after line {len(items)}: {e}") from None
     if not items:
@@ -73,79 +94,156 @@ def load(path, style="completion"):
     return items
 
 
+# ---- styles --------------------------------------------------------------------------------------
+
+class Row(NamedTuple):
+    """A context with one of its endings, as tokens."""
+    ids: list
+    n_ending: int  # how many of them, at the end, are the ending
+    characters: int = 0  # of the ending, where acc_norm divides its loss by them and not by tokens
+
+
 def render(item, encode):
-    """One item -> four times (tokens of context + ending, number of ending tokens, None). The context is tokenised apart
-    from the ending, which starts with a space: that is how GPT-2's vocabulary spells a word inside a text."""
-    ctx = encode(item["ctx"])
+    """Return the four rows of an item in the style "completion". The ending is tokenised by itself
+    and starts with a space, as GPT-2's vocabulary spells a word within a text."""
+    context = encode(item["ctx"])
     endings = [encode(" " + ending) for ending in item["endings"]]
-    return [(ctx + ending, len(ending), None) for ending in endings]
+    return [Row(context + ending, len(ending)) for ending in endings]
 
 
 def render_lm_eval(item, encode):
-    """The same for lm-evaluation-harness (tasks/hellaswag/utils.py; TemplateLM._encode_pair in api/model.py), with the
-    ending's length in characters: context and ending are tokenised as one, and a space that is left at the context's end
-    belongs to the ending."""
+    """Return the four rows of an item in the style "lm-eval" (lm-evaluation-harness:
+    tasks/hellaswag/utils.py; TemplateLM._encode_pair in api/model.py). Context and ending are
+    tokenised together; a space at the end of the context belongs to the ending."""
     def clean(text):
-        text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))  # WikiHow's [header], [step], ...
+        text = text.strip().replace(" [title]", ". ")
+        text = re.sub(r"\[.*?\]", "", text)  # WikiHow's [header], [step], ...
         return text.replace("  ", " ")
 
-    ctx = clean(f"{item['activity_label']}: {item['ctx_a']} {item['ctx_b'].capitalize()}")
-    endings = [clean(ending) for ending in item["endings"]]
-    texts = [encode(f"{ctx} {ending}") for ending in endings]
-    return [(ids, len(ids) - len(encode(ctx.rstrip())), len(ending)) for ids, ending in zip(texts, endings)]
+    context = clean(f"{item['activity_label']}: {item['ctx_a']} {item['ctx_b'].capitalize()}")
+    n_context = len(encode(context.rstrip()))
+    rows = []
+    for ending in map(clean, item["endings"]):
+        ids = encode(f"{context} {ending}")
+        rows.append(Row(ids, len(ids) - n_context, len(ending)))
+    return rows
 
 
-STYLES = {"completion": (render, ("ctx",)), "lm-eval": (render_lm_eval, ("activity_label", "ctx_a", "ctx_b"))}
+class Style(NamedTuple):
+    render: callable
+    texts: tuple  # which texts of an item it reads; the first must not be empty
 
+
+STYLES = {"completion": Style(render, ("ctx",)),
+          "lm-eval": Style(render_lm_eval, ("activity_label", "ctx_a", "ctx_b"))}
+
+
+# ---- scores --------------------------------------------------------------------------------------
 
 class HellaSwag:
-    """Scores every item in few large forward passes. Rows are sorted by length and padded on the right, which a causal
-    model does not notice; for a compiled model to multiples of 64 and a fixed number of rows a width, so that it compiles
-    a handful of shapes once. The head sees the ending positions only. The answer depends on none of this."""
+    """Scores every item with few large forward passes.
 
-    def __init__(self, items, tokenizer, block_size, batch_tokens, world, compile=False, style="completion"):
+    Rows of similar length share a batch and are padded on the right, which a causal model does not
+    notice. For a compiled model, widths are multiples of 64 and each has a fixed number of rows, so
+    that only a handful of shapes is compiled. Only the ending positions go through the head. The
+    answers depend on none of this."""
+
+    def __init__(self, items, tokenizer, block_size, batch_tokens, world, compile=False,
+                 style="completion"):
+        """batch_tokens: tokens in a forward pass. Too long a row loses the start of its context."""
         self.labels = np.array([item["label"] for item in items])
-        self.world, self.compile, self.hidden, self.batches = world, compile, None, []
-        rows = [(ids[-block_size:], min(n, block_size - 1), length) for item in items  # row 4 i + j is ending j of item i
-                for ids, n, length in STYLES[style][0](item, tokenizer.encode_ordinary)]
-        self.length = torch.tensor([length or n for _, n, length in rows]).view(-1, 4)  # what acc_norm divides losses by
+        self.world = world
+        self.compile = compile
+        self.model = None  # the one that was scored last
+        rows = []  # row 4 i + j is ending j of item i
+        for item in items:
+            for ids, n_ending, characters in STYLES[style].render(item, tokenizer.encode_ordinary):
+                rows.append(Row(ids[-block_size:], min(n_ending, block_size - 1), characters))
+        self.lengths = torch.tensor([row.characters or row.n_ending for row in rows]).view(-1, 4)
         multiple = 64 if compile else 8
-        width = [min(block_size, -(-len(ids) // multiple) * multiple) for ids, *_ in rows]
-        for w, group in itertools.groupby(sorted(range(len(rows)), key=width.__getitem__), width.__getitem__):
-            group, n_rows = list(group), max(1, batch_tokens // w)
-            for k in range(0, len(group), n_rows):
-                tokens = torch.zeros(n_rows if compile else len(group[k:k + n_rows]), w, dtype=torch.long)
-                ending = []  # (row in the batch, position before the token, the token, row overall) of each ending token
-                for r, i in enumerate(group[k:k + n_rows]):
-                    ids, n, _ = rows[i]
-                    tokens[r, :len(ids)] = torch.tensor(ids)
-                    ending += [(r, t - 1, ids[t], i) for t in range(len(ids) - n, len(ids))]
-                self.batches.append((tokens, torch.tensor(ending).T))
+        by_width = defaultdict(list)
+        for i, row in enumerate(rows):
+            width = math.ceil(len(row.ids) / multiple) * multiple
+            by_width[min(block_size, width)].append(i)
+        self.batches = []
+        for width in sorted(by_width):
+            n_rows = max(1, batch_tokens // width)
+            for start in range(0, len(by_width[width]), n_rows):
+                indices = by_width[width][start:start + n_rows]
+                height = n_rows if compile else len(indices)
+                self.batches.append(self.batch(rows, indices, height, width))
         self.batches = self.batches[world.rank::world.size]
 
+    @staticmethod
+    def batch(rows, indices, height, width):
+        """Return the tokens of these rows, int64 (height, width), and for each ending token its row in
+        the batch, the position before it, the token and its row among all: int64 (4, n)."""
+        tokens = torch.zeros(height, width, dtype=torch.long)
+        endings = []
+        for r, i in enumerate(indices):
+            ids = rows[i].ids
+            tokens[r, :len(ids)] = torch.tensor(ids)
+            for t in range(len(ids) - rows[i].n_ending, len(ids)):
+                endings.append((r, t - 1, ids[t], i))
+        return tokens, torch.tensor(endings).T
+
     def losses(self, model, progress=False):
-        """The summed loss of each ending: float32 (items, 4), on the CPU."""
-        if self.hidden is None:
-            self.hidden = torch.compile(model.hidden, dynamic=False) if self.compile else model.hidden
+        """Return the summed loss of each ending: float32 (items, 4), on the CPU."""
+        if model is not self.model:  # what is compiled belongs to one model
+            self.model = model
+            self.hidden = model.hidden
+            if self.compile:
+                self.hidden = torch.compile(model.hidden, dynamic=False)
         device = self.world.device
-        chunk = 128 if device.type == "cpu" else 8192  # ending tokens whose logits are alive at once: 25 MB suits a cache
-        losses = torch.zeros(self.length.numel(), device=device)
+        # ending tokens whose logits exist at once: their 25 MB fit the cache of a CPU
+        chunk = 128 if device.type == "cpu" else 8192
+        losses = torch.zeros(self.lengths.numel(), device=device)
         with torch.no_grad(), self.world.autocast():
-            for tokens, ending in tqdm(self.batches, desc="HellaSwag", unit="batch", disable=not progress):
-                row, position, target, index = ending.to(device)
+            batches = tqdm(self.batches, "HellaSwag", unit="batch", disable=not progress)
+            for tokens, endings in batches:
+                row, position, target, index = endings.to(device)
                 hidden = self.hidden(tokens.to(device))[row, position]
-                for h, t, i in zip(hidden.split(chunk), target.split(chunk), index.split(chunk)):
-                    losses.index_add_(0, i, F.cross_entropy(model.lm_head(h).float(), t, reduction="none"))
+                chunks = hidden.split(chunk), target.split(chunk), index.split(chunk)
+                for h, t, i in zip(*chunks):
+                    loss = F.cross_entropy(model.lm_head(h).float(), t, reduction="none")
+                    losses.index_add_(0, i, loss)
         return self.world.sum(losses).cpu().view(-1, 4)
 
     def score(self, model, progress=False):
-        """Two bool arrays with an entry an item: right by summed loss (acc), right by loss per token or character (acc_norm)."""
+        """Return which items are right: {"acc": bool (items,), "acc_norm": bool (items,)}."""
         losses = self.losses(model, progress)
-        return tuple(x.argmin(1).numpy() == self.labels for x in (losses, losses / self.length))
+        right = {"acc": losses, "acc_norm": losses / self.lengths}
+        return {name: x.argmin(1).numpy() == self.labels for name, x in right.items()}
 
+
+def load_hellaswag(cfg, world, tokenizer):
+    """Return the scorer of a run; None if the run scores no items, or if the default file can neither
+    be found nor downloaded, which is said once. Any other file must be there."""
+    def download_or_say_why():
+        try:
+            download()
+        except OSError as e:
+            print(f"no HellaSwag in this run: {e}; put {FILE} here, or use --hellaswag_file=FILE",
+                  file=sys.stderr)
+
+    if not cfg.hella_limit or tokenizer is None or cfg.block_size < 2:  # no room for an ending
+        return None
+    if cfg.hellaswag_file == FILE:
+        world.local_first(download_or_say_why)
+        if not os.path.exists(FILE):
+            return None
+    try:
+        items = load_items(cfg.hellaswag_file)[:cfg.hella_limit]
+    except (OSError, ValueError) as e:
+        fail(e)
+    batch_tokens = cfg.batch_size * cfg.block_size
+    return HellaSwag(items, tokenizer, cfg.block_size, batch_tokens, world, cfg.compile)
+
+
+# ---- command line --------------------------------------------------------------------------------
 
 class HuggingFace(torch.nn.Module):
-    """A transformers model with the two names that the scorer uses: hidden(idx) and lm_head(hidden)."""
+    """A transformers model with the two methods of which the scorer knows: hidden and lm_head."""
 
     def __init__(self, name):
         super().__init__()
@@ -157,47 +255,69 @@ class HuggingFace(torch.nn.Module):
         return self.model.base_model(idx).last_hidden_state
 
 
+def load_checkpoint_model(path):
+    """Return (model, vocab_size, block_size) of a checkpoint of one of our scripts."""
+    try:
+        checkpoint = read_checkpoint(path)
+        script = importlib.import_module(f"train_{checkpoint['arch']}")
+    except (ImportError, ValueError) as e:
+        fail(e)
+    model = load_model(path, checkpoint, script.Config, script.Model)
+    return model, model.cfg.vocab_size, model.cfg.block_size
+
+
+def load_hf_model(name):
+    """Return (model, vocab_size, block_size) of a Hugging Face model, a name or a folder."""
+    with explain(f"{name} is neither a checkpoint nor a Hugging Face model", ImportError, OSError,
+                 ValueError):
+        model = HuggingFace(name)
+    config = model.model.config
+    if config.vocab_size != 256 and not 50257 <= config.vocab_size <= 50304:
+        fail(f"{name} has {config.vocab_size} tokens: not GPT-2's vocabulary, with which items are "
+             "tokenised")
+    return model, config.vocab_size, config.max_position_embeddings
+
+
+@one_line_errors()
 def main():
-    import common  # not at the top: common imports this file
-    parser = common.Parser(description="HellaSwag accuracy of a checkpoint or of a Hugging Face model")
-    parser.add_argument("model", help="model_*.pt of a train script, or the name or folder of a Hugging Face model")
-    parser.add_argument("--hellaswag_file", default=FILE, help="items, .jsonl or .jsonl.xz (%(default)s: downloaded if missing)")
-    parser.add_argument("--style", default="completion", choices=STYLES, help="how items are put and scored (%(default)s)")
-    parser.add_argument("--hella_limit", type=int, default=10042, help="score the first N items only")
-    parser.add_argument("--batch_size", type=int, default=4, help="full rows in a forward pass; the result is the same")
-    parser.add_argument("--device", default=common.default_device(), help="cuda, mps or cpu (%(default)s)")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the model")
-    parser.set_defaults(seed=0)
+    parser = Parser(description="Score a checkpoint or a Hugging Face model on HellaSwag.")
+    add = parser.add_argument
+    add("model", help="model_*.pt of a train script, or the name or folder of a Hugging Face model")
+    add("--hellaswag_file", default=FILE,
+        help="items, .jsonl or .jsonl.xz (default: %(default)s, downloaded if missing)")
+    add("--style", default="completion", choices=STYLES,
+        help="how items are worded and scored (default: %(default)s)")
+    add("--hella_limit", type=int, default=10042, help="score only the first N items")
+    add("--batch_size", type=int, default=4,
+        help="rows of full context in a forward pass; the result does not depend on it")
+    add("--device", default=default_device(), help="cuda, mps or cpu (default: %(default)s)")
+    add("--compile", action="store_true", help="compile the model with torch.compile")
     args = parser.parse_args()
     if min(args.hella_limit, args.batch_size) < 1:
         parser.error("--hella_limit and --batch_size are at least 1")
-    with common.one_line_errors():
-        if args.model.endswith(".pt") or os.path.isfile(args.model):
-            try:
-                checkpoint = common.read_checkpoint(args.model)
-                arch = checkpoint["arch"]
-                script = importlib.import_module(f"train_{arch}")
-            except (ImportError, ValueError) as e:
-                common.fail(e)
-            model = common.load_model(args.model, checkpoint, arch, script.Config, script.Model)
-            vocab_size, args.block_size = model.cfg.vocab_size, model.cfg.block_size
-        else:
-            try:
-                model = HuggingFace(args.model)
-            except (ImportError, OSError, ValueError) as e:
-                common.fail(f"{args.model} is neither a checkpoint nor a Hugging Face model: {e}")
-            vocab_size, args.block_size = model.model.config.vocab_size, model.model.config.max_position_embeddings
-            if vocab_size != 256 and not 50257 <= vocab_size <= 50304:
-                common.fail(f"{args.model} has {vocab_size} tokens: not GPT-2's vocabulary, which this task is rendered in")
-        world = common.init_world(args)
-        scorer = common.load_hellaswag(args, world, common.get_tokenizer(vocab_size), args.style) or sys.exit(1)
-        start = time.time()
-        correct = scorer.score(model.to(world.device).eval(), progress=True)
-        n, seconds = len(scorer.labels), time.time() - start
-    for name, hits in zip(("acc", "acc_norm"), correct):
-        p = hits.mean()
-        print(f"{name:8s} {p:.4f} +- {(p * (1 - p) / n) ** 0.5:.4f}  ({hits.sum()}/{n})")
-    print(f"{n / seconds:.1f} items/s")
+    is_checkpoint = args.model.endswith(".pt") or os.path.isfile(args.model)
+    load = load_checkpoint_model if is_checkpoint else load_hf_model
+    model, vocab_size, block_size = load(args.model)
+    world = init_world(args.device, seed=0)
+    tokenizer = get_tokenizer(vocab_size)
+    if tokenizer is None:
+        sys.exit(1)  # get_tokenizer has said why
+    try:
+        if args.hellaswag_file == FILE:
+            download()
+        items = load_items(args.hellaswag_file, args.style)[:args.hella_limit]
+    except (OSError, ValueError) as e:
+        fail(e)
+    batch_tokens = args.batch_size * block_size
+    scorer = HellaSwag(items, tokenizer, block_size, batch_tokens, world, args.compile, args.style)
+    start = time.time()
+    scores = scorer.score(model.to(world.device).eval(), progress=True)
+    seconds = time.time() - start
+    for name, right in scores.items():
+        p = right.mean()
+        error = (p * (1 - p) / len(right)) ** 0.5
+        print(f"{name:8s} {p:.4f} +- {error:.4f}  ({right.sum()}/{len(right)})")
+    print(f"{len(items) / seconds:.1f} items/s")
 
 
 if __name__ == "__main__":

@@ -1,21 +1,36 @@
 """
-DeepSeek-V3 (DeepSeek-AI 2024, "DeepSeek-V3 Technical Report", arXiv 2412.19437). What differs from LLaMA 3:
-- multi-head latent attention: queries, and keys with values, pass through narrow latents; positions are rotated in a
-  few dimensions of their own, whose key all heads share (section 2.1.1)
-- mixture of experts: each token uses 2 of 8 small MLPs, chosen by a sigmoid router, and one that all tokens use; the
-  first layer stays dense (section 2.1.2)
-- balance by a bias that moves the choice alone, after each update, and by a weak loss per sequence (section 2.1.2)
-- multi-token prediction: while training, one more block predicts the token after the next (section 2.2)
-- all weights start at a standard deviation of 0.006 (section 4.2)
-V3's expert groups, which save traffic between nodes, are an option; its head is not the embedding, here it is.
-122,999,040 parameters, of which a token uses 84,070,656; 8,212,864 more in the block that is for training alone.
+DeepSeek-V3 (DeepSeek-AI 2024, "DeepSeek-V3 Technical Report", arXiv 2412.19437). It differs from
+LLaMA 3 in these points:
+- Multi-head latent attention: queries, and keys with values, pass through narrow latents. Only a
+  few dimensions carry a rotary position, and there all heads share one key (section 2.1.1).
+- Mixture of experts: a sigmoid router chooses 2 of 8 small MLPs for each token, and all tokens use
+  one more. The first layer has a normal MLP (section 2.1.2).
+- Load balancing: a bias per expert, adjusted after each update, affects which experts are chosen
+  but not their weights. A weak loss per sequence helps (section 2.1.2).
+- Multi-token prediction: in training, one more block predicts the token after the next (section
+  2.2).
+- All weights start with a standard deviation of 0.006 (section 4.2).
+V3's groups of experts, which save traffic between nodes, are an option. V3's head is a matrix of
+its own; here it is the embedding. Of 122,999,040 parameters a token uses 84,070,656; the block that
+only serves training has 8,212,864 more.
 
-    python train_deepseek.py --tiny                        # no data, no GPU: a minute on a laptop
-    python train_deepseek.py                               # one GPU, after python fineweb.py
-    torchrun --nproc_per_node=8 train_deepseek.py          # eight GPUs: the same result, sooner
-    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train_deepseek.py  # each node
-    torchrun --nproc_per_node=8 train_deepseek.py --resume=auto
-    python train_deepseek.py --sample="Hello, I'm a language model,"
+What to expect: multi-token prediction costs 269 M of the 887 M FLOPs per token, in training only:
+logged losses, HellaSwag, samples and exports leave it out, and --mtp=false turns it off. The
+standard deviation of 0.006 was chosen for a width of 7,168 and learns slowly in small models and
+short runs (--tiny ends at a validation loss of 1.80 with its 0.02, and at 2.60 with 0.006), so also
+run --init_std=0.02 before you rank it. The log's maxvio says by how much of its fair share the
+busiest expert of the worst layer exceeds it: 0 is ideal, 3 the worst. The bias needs hundreds of
+steps: in the README's small run maxvio averages 2.96, 0.96, 0.27 and 0.17 in tenths 1, 4, 7 and 10
+of 1,250 steps.
+
+Run it:
+  python train_deepseek.py --tiny                # a small model on built-in text, a minute on a CPU
+  python train_deepseek.py                       # one GPU, after python fineweb.py
+  torchrun --nproc_per_node=8 train_deepseek.py  # eight GPUs: the same result, sooner
+  torchrun --nproc_per_node=8 train_deepseek.py --resume=auto
+  python train_deepseek.py --sample="Hello, I'm a language model,"
+and on each of two nodes, of which HOST is one:
+  torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST train_deepseek.py
 """
 from dataclasses import dataclass
 
@@ -25,14 +40,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from common import (DataLoader, Optimizers, Run, accumulation_steps, cosine_lr, default_device, get_tokenizer,
-                    init_world, load_hellaswag, one_line_errors, parse_args, use_checkpoint)
+from common import (Optimizers, RunConfig, ShardLoader, accumulation_steps, cosine_lr, init_world,
+                    parse_args)
+from fineweb import get_tokenizer, one_line_errors
+from hellaswag import load_hellaswag
+from run import Run, use_checkpoint
 
 ARCH = "deepseek"
 
 
 @dataclass
-class Config:
+class Config(RunConfig):
     # model
     block_size: int = 1024  # context length, tokens
     vocab_size: int = 50304  # GPT-2's 50,257 tokens padded to a multiple of 128; below 50257 text is taken as bytes
@@ -60,33 +78,24 @@ class Config:
     mtp: bool = True  # train with multi-token prediction
     # training
     total_batch_size: int = 524288  # tokens per step
-    batch_size: int = 64  # sequences per device and micro-step: lower it when memory runs out, the result is the same
-    max_steps: int = 19073  # steps; x 524,288 tokens: 10.0B, each token of FineWeb sample-10BT at most once
-    warmup_steps: int = 715  # steps of linear warm-up, 375M tokens as GPT-3
-    learning_rate: float = 6e-4  # peak, GPT-3 table 2.1
-    min_lr_ratio: float = 0.1  # the cosine ends at this part of the peak
-    weight_decay: float = 0.1  # on matrices and embeddings
-    beta1: float = 0.9  # AdamW
-    beta2: float = 0.95  # AdamW
-    grad_clip: float = 1.0  # global gradient norm
-    bias_update_speed: float = 0.001  # gamma, by which experts' biases move; 0 for the last 3.4% of the steps
-    balance_loss_alpha: float = 0.0001  # weight of the sequence-wise balance loss
-    mtp_loss_weight: float = 0.3  # lambda of multi-token prediction; a third of it after 67.6% of the steps
-    seed: int = 1337  # of initialisation and samples
-    eval_interval: int = 250  # steps between evaluations: validation loss and HellaSwag; 0: never
-    val_tokens: int = 10485760  # validation tokens, from the start of the validation shard
-    hella_limit: int = 10042  # HellaSwag items to score; 0: none
-    checkpoint_interval: int = 1000  # steps between checkpoints; 0: only the last
-    keep_checkpoints: int = 0  # the newest so many checkpoints stay; 0: all
-    sample_interval: int = 1000  # steps between text samples on the console; 0: never
-    data_dir: str = "fineweb10B"  # folder of token shards
-    log_dir: str = "log/deepseek"  # folder of this run: log, checkpoints
-    hellaswag_file: str = "hellaswag_val.jsonl"  # validation items; the default is downloaded when missing
-    resume: str = ""  # checkpoint to go on from; auto: the newest in log_dir
-    device: str = default_device()  # cuda, mps or cpu
-    compile: bool = torch.cuda.is_available()  # torch.compile the model
+    batch_size: int = 64  # sequences per device and micro-step; lower it if memory runs out
+    max_steps: int = 19073  # number of steps; by default 10.0B tokens, an epoch of FineWeb 10BT
+    warmup_steps: int = 715  # steps of linear warm-up; by default 375M tokens, as GPT-3
+    learning_rate: float = 6e-4  # peak learning rate (GPT-3, table 2.1)
+    min_lr_ratio: float = 0.1  # learning rate at the end of the cosine, as a fraction of the peak
+    weight_decay: float = 0.1  # weight decay of matrices and embeddings
+    beta1: float = 0.9  # AdamW: decay of the mean of gradients
+    beta2: float = 0.95  # AdamW: decay of the mean of squared gradients
+    grad_clip: float = 1.0  # largest global norm of the gradient
     optimizer: str = "adamw"  # adamw, or muon for the matrices inside the blocks
-    tiny: bool = False  # a small model on built-in text: about a minute on a CPU
+    bias_update_speed: float = 0.001  # step size of the expert biases (gamma); 0 at the end
+    balance_loss_alpha: float = 0.0001  # weight of the sequence-wise balance loss
+    mtp_loss_weight: float = 0.3  # weight of multi-token prediction (lambda); later a third of it
+    # run: see RunConfig in common.py
+    log_dir: str = f"log/{ARCH}"
+    training_options = RunConfig.training_options | {
+        "bias_update_speed", "balance_loss_alpha", "mtp_loss_weight"}
+    limits = {**RunConfig.limits, "n_dense_layer": (0, 2**40)}
 
     def __post_init__(self):
         if self.qk_rope_head_dim % 2:
@@ -109,7 +118,7 @@ class Config:
 
 TINY = dict(block_size=64, vocab_size=256, n_layer=4, n_head=4, n_embd=128, q_lora_rank=64, kv_lora_rank=64,
             qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=32, ffn_dim=384, moe_ffn_dim=64, init_std=0.02,
-            log_dir="log/deepseek-tiny")
+            log_dir=f"log/{ARCH}-tiny")
 
 
 class RMSNorm(nn.Module):
@@ -398,7 +407,7 @@ class Model(nn.Module):
         self.maxvio.copy_((load.amax(1) / mean[:, 0] - 1).max())
         self.updates += 1
 
-    def streams(self):
+    def extra_logs(self):
         """maxvio: how much more than its share the busiest expert of the worst layer got in the last step."""
         return {"maxvio": self.maxvio}
 
@@ -463,65 +472,82 @@ def to_hf(model):
 
 @one_line_errors()
 def main():
-    # ==== training loop: identical in every train_*.py ====
     cfg, mode = parse_args(Config, TINY)
+    # ==== training loop: identical in every train_*.py ====
     if mode.sample is not None or mode.export is not None:
         return use_checkpoint(cfg, mode, ARCH, Config, Model, to_hf)
-    world = init_world(cfg)
+    world = init_world(cfg.device, cfg.seed)
     accumulation = accumulation_steps(cfg, world)
-    train_loader, val_loader = (DataLoader(cfg, split, world, mode.bench) for split in ("train", "val"))
+    train_loader = ShardLoader(cfg, "train", world, synthetic=mode.bench)
+    val_loader = ShardLoader(cfg, "val", world, synthetic=mode.bench)
     tokenizer = get_tokenizer(cfg.vocab_size) if cfg.hella_limit or cfg.sample_interval else None
     hellaswag = load_hellaswag(cfg, world, tokenizer)
-    raw_model = Model(cfg).to(world.device)
-    optimizer = raw_model.configure_optimizers(cfg, world.device.type)
-    run = Run(cfg, ARCH, world, raw_model, optimizer, mode.bench)
+    model = Model(cfg).to(world.device)
+    optimizer = model.configure_optimizers(cfg, world.device.type)
+    run = Run(cfg, ARCH, world, model, optimizer, mode.bench)  # loads the checkpoint to resume from
     if cfg.compile:
-        torch._dynamo.config.optimize_ddp = False  # else DDP cuts the graph at every bucket, and fusions with it
-        torch._functorch.config.backward_pass_autocast = "off"  # as uncompiled: what is kept in fp32 goes back in fp32
-        raw_model.compile(dynamic=False, fullgraph=True)
-    model = raw_model
+        # otherwise the graph is split at each DDP bucket, which prevents fusion
+        torch._dynamo.config.optimize_ddp = False
+        # run the backward pass of fp32 regions in fp32, as eager mode does
+        torch._functorch.config.backward_pass_autocast = "off"
+        model.compile(dynamic=False, fullgraph=True)
+    ddp_model = model
     if world.size > 1:
-        model = DDP(raw_model, device_ids=None if world.device.type == "cpu" else [world.device],
-                    gradient_as_bucket_view=True, bucket_cap_mb=100, broadcast_buffers=False)
+        device_ids = None if world.device.type == "cpu" else [world.device]
+        ddp_model = DDP(model, device_ids=device_ids, gradient_as_bucket_view=True,
+                        bucket_cap_mb=100, broadcast_buffers=False)
     batches = train_loader.train_batches(run.start_step, accumulation)
 
     for step in range(run.start_step, cfg.max_steps + 1):  # `step` updates have been made
         last_step = step == cfg.max_steps or run.stopping
-        if cfg.eval_interval and (step % cfg.eval_interval == 0 or last_step) and not run.stopping:  # else when resumed
+
+        # evaluate (a stopped run is evaluated after it resumes)
+        evaluation_due = cfg.eval_interval and (step % cfg.eval_interval == 0 or last_step)
+        if evaluation_due and not run.stopping:
             run.flush()
-            raw_model.eval()
+            model.eval()
             val_loss = torch.zeros((), device=world.device)
             with torch.no_grad(), world.autocast():
                 for x, y, rows in val_loader.val_batches():
-                    val_loss += raw_model(x, y)[1] * rows / val_loader.val_rows
-            run.val(step, world.sum(val_loss).item())
+                    _, loss = model(x, y)
+                    val_loss += loss * rows / val_loader.val_rows
+            run.log_val(step, world.sum(val_loss).item())
             if hellaswag:
-                run.hella(step, hellaswag.score(raw_model)[1])
-            raw_model.train()
+                run.log_hella(step, hellaswag.score(model))
+            model.train()
+
+        # sample
         if tokenizer and cfg.sample_interval and step and step % cfg.sample_interval == 0:
-            run.sample(step, tokenizer)
-        if last_step or (cfg.checkpoint_interval and step > run.start_step and step % cfg.checkpoint_interval == 0):
+            run.show_sample(step, tokenizer)
+
+        # save
+        checkpoint_due = cfg.checkpoint_interval and step % cfg.checkpoint_interval == 0
+        if last_step or (checkpoint_due and step > run.start_step):
             run.save(step)
         if last_step:
             break
 
+        # train
+        run.begin_update()
         lr = cosine_lr(cfg, step)
         for group in optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1.0)  # some papers give a group its own pace
+            group["lr"] = lr * group.get("lr_scale", 1.0)  # RWKV's w0 learns at twice the rate
         train_loss = torch.zeros((), device=world.device)
         for micro_step in range(accumulation):
             x, y, _ = next(batches)
-            if world.size > 1:  # average the gradients over processes once a step; DDP reads this in its forward
-                model.require_backward_grad_sync = micro_step == accumulation - 1
+            # DDP averages the gradients over the processes only in the last micro-step
+            if world.size > 1:
+                ddp_model.require_backward_grad_sync = micro_step == accumulation - 1
             with world.autocast():
-                loss = model(x, y)[1] / accumulation
+                _, loss = ddp_model(x, y)
+                loss = loss / accumulation
             loss.backward()
             train_loss += loss.detach()
-        norm = nn.utils.clip_grad_norm_(raw_model.parameters(), cfg.grad_clip)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
-        run.train(step, train_loss, norm, lr)
-    del model  # else DDP is the last owner of the process group, and to take that down it may wait for itself
+        run.log_train(step, train_loss, norm, lr)
+    del ddp_model  # DDP must go before the process group, or the shutdown can deadlock
     run.close()
     # ==== end of training loop ====
 

@@ -1,0 +1,376 @@
+"""
+One run in its folder log_dir: log and console, checkpoints and how a run resumes from them, and the
+modes --sample and --export. The folder holds
+    log.txt             lines of `step stream value`; step counts the updates made before
+    run.json            options, parameter counts, versions, speed
+    model_<step>.pt     checkpoints: weights, optimizer, options
+    hella_<step>.npy    which HellaSwag items were right
+Nothing in log.txt depends on time: a resumed run leaves the same bytes as an uninterrupted one.
+"""
+import glob
+import json
+import math
+import os
+import pickle
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from dataclasses import asdict
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from common import BENCH_WARMUP, generate, init_world, peak_flops
+from fineweb import explain, fail, get_tokenizer, replacing
+
+PROMPT = "Hello, I'm a language model,"
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------
+
+def save_checkpoint(folder, arch, step, model, optimizer, tokens_per_second):
+    """Write model_<step>.pt and return its path."""
+    state = {"arch": arch, "step": step, "config": asdict(model.cfg), "model": model.state_dict(),
+             "optimizer": optimizer.state_dict(), "tokens_per_second": tokens_per_second}
+    path = os.path.join(folder, f"model_{step:05d}.pt")
+    with replacing(path) as file:
+        torch.save(state, file)
+    return path
+
+
+def read_checkpoint(path):
+    """Return what save_checkpoint wrote, on the CPU, without running code that a file may hold.
+    Raises ValueError with a one-line reason."""
+    kinds = {"arch": str, "step": int, "config": dict, "model": dict, "optimizer": (dict, list)}
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        for key, kind in kinds.items():
+            if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(key), kind):
+                raise ValueError(f"its entry {key!r} is missing or of another type")
+        return checkpoint
+    except pickle.UnpicklingError:
+        reason = "it is damaged, or not plain data: it may hold code, which was not run"
+    except Exception as e:  # torch.load raises many kinds of error for a damaged file
+        reason = str(e) or "it is empty"
+    raise ValueError(f"{path} is not a readable checkpoint: {reason}")
+
+
+def checkpoints(folder):
+    """Return {step: path} of the checkpoints in a folder, the newest first."""
+    found = {}
+    for path in glob.glob(os.path.join(glob.escape(folder), "model_*.pt")):
+        match = re.fullmatch(r"model_(\d{5,})\.pt", os.path.basename(path))
+        if match and os.path.isfile(path):
+            found[int(match[1])] = path
+    return dict(sorted(found.items(), reverse=True))
+
+
+def delete_old_checkpoints(folder, step, keep):
+    """Keep the newest checkpoints up to this step. Later ones were passed over as damaged when the
+    run resumed: they do not count, and stay."""
+    paths = [path for found, path in checkpoints(folder).items() if found <= step]
+    for path in paths[keep:]:
+        os.remove(path)
+
+
+def find_checkpoint(cfg, arch):
+    """Return (path, checkpoint) of the file that --resume names, or of the newest readable one in
+    log_dir for "auto" and ""; (None, {}) if there is none."""
+    automatic = cfg.resume in ("", "auto")
+    errors = []
+    for path in checkpoints(cfg.log_dir).values() if automatic else [cfg.resume]:
+        try:
+            checkpoint = read_checkpoint(path)
+        except ValueError as e:
+            errors.append(e)
+            continue
+        for e in errors:
+            print(f"passed over: {e}", file=sys.stderr)
+        if (found := checkpoint["arch"]) != arch:
+            fail(f"{path} holds a {found} model, not {arch}: use train_{found}.py")
+        return path, checkpoint
+    if errors:
+        fail(errors[0])
+    return None, {}
+
+
+def load_model(path, checkpoint, Config, Model):
+    """Return the model of a checkpoint in the shape in which it was trained, for evaluation."""
+    misfits = TypeError, ValueError, RuntimeError  # unknown options, bad ones, other parameters
+    with explain(f"{path} does not fit train_{checkpoint['arch']}.py", *misfits):
+        model = Model(Config(**checkpoint["config"]))
+        model.load_state_dict(checkpoint["model"])
+    return model.eval()
+
+
+def resume(cfg, arch, world, model, optimizer):
+    """Load the checkpoint that --resume names, if any, into model and optimizer. Return its step
+    and its speed in tokens/s, or (0, None). End if results of this or another run would be lost."""
+    path, checkpoint = find_checkpoint(cfg, arch) if cfg.resume else (None, {})
+    step, folder = checkpoint.get("step", 0), cfg.log_dir
+    message = f"no checkpoint in {folder}: starting at step 0"
+    if path:
+        if not 0 <= step <= cfg.max_steps:
+            fail(f"{path} is at step {step}, beyond --max_steps={cfg.max_steps}")
+        if cfg.resume != "auto" and max(checkpoints(folder), default=0) > step:
+            fail(f"{folder} has later checkpoints than {path}: move them away, or use another folder")
+        has_log = os.path.exists(os.path.join(folder, "log.txt"))
+        if has_log and not os.path.samefile(os.path.dirname(os.path.abspath(path)), folder):
+            fail(f"{folder} holds the log of another run than {path}: use another --log_dir")
+
+        # the model and the kind of optimizer must be the same, other options may change
+        saved, now = checkpoint["config"], asdict(model.cfg)
+        differing = [name for name in now if saved.get(name) != now[name] and name != "resume"]
+        fixed = [*cfg.option_groups()["model"], "optimizer"]
+        wanted = [f"--{name}={saved.get(name)}" for name in differing if name in fixed]
+        if wanted:
+            fail(f"{path} has another shape or optimizer; to resume it use {' '.join(wanted)}")
+        changes = "".join(f", {name} {saved.get(name)} -> {now[name]}" for name in differing)
+        message = f"resumed {path} at step {step}{changes}"
+
+        with explain(f"{path} does not fit train_{arch}.py", RuntimeError):
+            model.load_state_dict(checkpoint["model"])
+        groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+        misfits = AttributeError, KeyError, TypeError, ValueError
+        with explain(f"{path} holds no state of this optimizer", *misfits):
+            optimizer.load_state_dict(checkpoint["optimizer"])
+        for group, options in zip(optimizer.param_groups, groups):
+            group.update(options)  # weight decay, betas and so on are those of the command line
+    # a process at another step than the others finds a sum that is not the multiple of its own
+    if world.sum(torch.tensor(float(step), device=world.device)) != step * world.size:
+        fail(f"the processes find different checkpoints: they must share --log_dir={folder}")
+    if cfg.resume and world.rank == 0:
+        print(message, flush=True)
+    return step, checkpoint.get("tokens_per_second")
+
+
+# ---- log and console -----------------------------------------------------------------------------
+
+class Run:
+    """Log and console of a training run. Every process calls its methods; only rank 0 writes. On a
+    GPU the numbers of an update are read while the next one runs, so that it need not wait."""
+
+    def __init__(self, cfg, arch, world, model, optimizer, bench):
+        """Resume, if --resume says so. bench: the number of steps to time, or 0."""
+        self.cfg = cfg
+        self.arch = arch
+        self.world = world
+        self.model = model
+        self.optimizer = optimizer
+        self.bench = bench
+        self.start_step, self.tokens_per_second = resume(cfg, arch, world, model, optimizer)
+        self.cuda = world.device.type == "cuda"
+        self.device_name = torch.cuda.get_device_name() if self.cuda else world.device.type
+        self.flops_per_token = model.flops_per_token()
+        self.pending = deque()  # updates whose numbers are still to be read
+        self.lag = int(self.cuda)  # how many updates may be pending
+        self.clock = time.perf_counter()  # when the oldest pending update began
+        self.seconds = []  # that each update took
+        self.signalled = False  # this process received SIGINT or SIGTERM
+        self.stopping = False  # some process did: all of them stop after the same step
+        self.checkpoint = None  # path of the newest that this process wrote
+        self.log_path = os.path.join(cfg.log_dir, "log.txt")
+        self.file = None  # log.txt, in the process that writes
+        if world.rank == 0 and not bench:
+            self.open_log()
+            self.write_info()
+        for signum in signal.SIGINT, signal.SIGTERM:
+            signal.signal(signum, self.on_signal)
+        params = model.num_params()
+        self.say(f"{arch}: {params['total']:,} parameters, {params['active']:,} active per token, "
+                 f"{self.flops_per_token / 1e6:.1f} MFLOP per token, {world.size} x {self.device_name}")
+
+    def open_log(self):
+        """Open log.txt, without its lines from start_step on. End if results would be lost."""
+        folder, lines = self.cfg.log_dir, []
+        if os.path.exists(self.log_path):
+            with open(self.log_path, errors="replace", newline="\n") as file:
+                matches = [re.fullmatch(r"(\d+) (\w+) \S+\n", line) for line in file]
+            lines = [match for match in matches if match]  # a kill may have torn the last line
+        last = max((int(line[1]) for line in lines if line[2] == "train"), default=-1)
+        if not self.cfg.resume and (checkpoints(folder) or last >= 0):
+            fail(f"{folder} holds a run: continue with --resume=auto, or use another --log_dir")
+        if self.start_step == 0 and last >= self.cfg.checkpoint_interval > 0:
+            fail(f"{folder} has a log but no checkpoint: put one back, or use another --log_dir")
+        os.makedirs(folder, exist_ok=True)
+        with replacing(self.log_path) as file:
+            file.write("".join(m[0] for m in lines if int(m[1]) < self.start_step).encode())
+        self.file = open(self.log_path, "a", buffering=1)
+
+    def write_info(self):
+        """Write run.json. Its speed is that of the median step, without evaluations."""
+        here = shlex.quote(os.path.dirname(os.path.abspath(__file__)))
+        info = {
+            "arch": self.arch, "config": asdict(self.cfg), "params": self.model.num_params(),
+            "flops_per_token": self.flops_per_token, "device": self.device_name,
+            "processes": self.world.size, "torch": torch.__version__,
+            "python": sys.version.split()[0], "command": sys.argv,
+            "git_commit": subprocess.getoutput(f"git -C {here} rev-parse HEAD 2>/dev/null"),
+            "tokens_per_second": self.tokens_per_second}
+        with replacing(os.path.join(self.cfg.log_dir, "run.json")) as file:
+            file.write(json.dumps(info, indent=1).encode())
+
+    def log(self, step, stream, value):
+        if self.file:
+            self.file.write(f"{step} {stream} {value}\n")
+
+    def say(self, text):
+        if self.world.rank == 0:
+            print(text, flush=True)
+
+    def on_signal(self, signum, frame):
+        """Finish the step, save and leave. Only a second Ctrl-C ends the process at once."""
+        self.signalled = True
+        if signum == signal.SIGINT:
+            signal.signal(signum, signal.SIG_DFL)
+
+    def begin_update(self):
+        """Start the clock, unless it runs for an update that is pending."""
+        if not self.pending:
+            self.clock = time.perf_counter()
+
+    def log_train(self, step, loss, norm, lr):
+        """Log update `step`: loss and gradient norm (tensors) and learning rate."""
+        extra = self.model.extra_logs() if hasattr(self.model, "extra_logs") else {}
+        signalled = torch.full_like(loss, self.signalled)  # summed, too: all processes learn of it
+        numbers = torch.stack([loss, norm, signalled, *extra.values()]) / self.world.size
+        numbers = self.world.sum(numbers).to("cpu", non_blocking=self.cuda)
+        copied = torch.cuda.Event() if self.cuda else None
+        if copied:
+            copied.record()
+        self.pending.append((step, lr, list(extra), numbers, copied))
+        # the last update is read at once: the final evaluation depends on whether it was stopped
+        lag = self.lag if step + 1 < self.cfg.max_steps else 0
+        while len(self.pending) > lag:
+            self.log_oldest()
+
+    def log_oldest(self):
+        step, lr, names, numbers, copied = self.pending.popleft()
+        if copied:
+            copied.synchronize()
+        loss, norm, signalled, *extra = numbers.tolist()
+        self.seconds.append(time.perf_counter() - self.clock)
+        self.clock += self.seconds[-1]
+        if not math.isfinite(loss + norm):
+            newest = next(iter(checkpoints(self.cfg.log_dir).values()), "the start")
+            fail(f"step {step}: the loss is {loss}, the gradient norm {norm}. This was not saved: go "
+                 f"back to {newest} with a lower --learning_rate or more --warmup_steps")
+        self.stopping = signalled > 0
+        values = {"train": f"{loss:.6f}", "lr": f"{lr:.4e}", "norm": f"{norm:.4f}"}
+        values |= {name: f"{value:.4f}" for name, value in zip(names, extra)}
+        text = f"step {step:5d}/{self.cfg.max_steps}"
+        for stream, value in values.items():
+            self.log(step, stream, value)
+            text += f" | {'loss' if stream == 'train' else stream} {value}"
+        hours = (self.cfg.max_steps - step - 1) * np.median(self.seconds[-100:]) / 3600
+        self.say(f"{text} | {self.speed(self.seconds[-1])} | {hours:.2f} h left")
+
+    def flush(self):
+        """Log what is pending, so that nothing is evaluated or saved after a bad update."""
+        while self.pending:
+            self.log_oldest()
+
+    def speed(self, seconds):
+        """Return a step's time, tokens/s, MFU (PaLM paper, appendix B) and memory as text."""
+        rate = self.cfg.total_batch_size / seconds
+        text = f"{seconds * 1000:.1f} ms | {rate:,.0f} tok/s"
+        if peak := peak_flops(self.device_name):
+            text += f" | {self.flops_per_token * rate / self.world.size / peak:.1%} MFU"
+        if self.cuda:
+            text += f" | {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+        return text
+
+    def log_val(self, step, loss):
+        self.log(step, "val", f"{loss:.4f}")
+        self.say(f"step {step:5d} | validation loss {loss:.4f}")
+
+    def log_hella(self, step, scores):
+        """Log acc_norm as `hella`, and keep which items were right."""
+        correct = scores["acc_norm"]
+        if self.file:
+            with replacing(os.path.join(self.cfg.log_dir, f"hella_{step}.npy")) as file:
+                np.save(file, correct)
+        p = correct.mean()
+        error = math.sqrt(p * (1 - p) / len(correct))
+        self.log(step, "hella", f"{p:.4f}")
+        self.say(f"step {step:5d} | HellaSwag {p:.4f} +- {error:.4f}, {len(correct)} items")
+
+    def show_sample(self, step, tokenizer):
+        self.flush()
+        if self.world.rank == 0:
+            prompt = tokenizer.encode_ordinary(PROMPT)[:self.cfg.block_size]
+            self.model.eval()
+            with self.world.autocast():
+                text = generate(self.model, tokenizer, prompt, self.world.device, self.cfg.seed)
+            self.model.train()
+            self.say(f"step {step:5d} | sample: {text}")
+
+    def save(self, step):
+        """Write a checkpoint, and delete those that are too old."""
+        self.flush()
+        if self.file:
+            if self.seconds:
+                median = float(np.median(self.seconds))
+                self.tokens_per_second = round(self.cfg.total_batch_size / median)
+            folder = self.cfg.log_dir
+            self.checkpoint = save_checkpoint(
+                folder, self.arch, step, self.model, self.optimizer, self.tokens_per_second)
+            self.write_info()
+            if self.cfg.keep_checkpoints:
+                delete_old_checkpoints(folder, step, self.cfg.keep_checkpoints)
+
+    def close(self):
+        """Say how the run ended and what to do next."""
+        self.flush()
+        if self.bench:
+            median = float(np.median(self.seconds[BENCH_WARMUP:]))
+            self.say(f"median of {self.bench} steps: {self.speed(median)}")
+        elif self.stopping:
+            self.say(f"stopped; {self.checkpoint} holds everything: continue with --resume=auto")
+        else:
+            folder = shlex.quote(self.cfg.log_dir)
+            self.say(f"log: {self.log_path}\ncheckpoint: {self.checkpoint}\nnext: python "
+                     f"train_{self.arch}.py --log_dir={folder} --sample=\"{PROMPT}\"")
+        if self.world.size > 1:
+            dist.destroy_process_group()
+
+
+# ---- the modes --sample and --export -------------------------------------------------------------
+
+def use_checkpoint(cfg, mode, arch, Config, Model, to_hf):
+    """Do what --sample or --export asks for."""
+    path, checkpoint = find_checkpoint(cfg, arch)
+    if path is None:
+        fail(f"no checkpoint in {cfg.log_dir}: train first, or use --resume=FILE or --log_dir=DIR")
+    model = load_model(path, checkpoint, Config, Model)
+    if mode.export is not None:
+        export(model, mode.export, to_hf)
+        print(f"wrote {path}, step {checkpoint['step']}, to {mode.export}")
+    else:
+        device = init_world(cfg.device, cfg.seed).device
+        if tokenizer := get_tokenizer(model.cfg.vocab_size):
+            prompt = tokenizer.encode_ordinary(mode.sample)
+            print(generate(model.to(device), tokenizer, prompt, device, cfg.seed))
+
+
+def export(model, folder, to_hf):
+    """Write a Hugging Face folder, or model.pth if to_hf returns a state dict."""
+    if os.path.exists(folder) and os.listdir(folder):
+        fail(f"--export={folder}: this folder is not empty")
+    with explain("--export needs transformers (pip install transformers)", ImportError):
+        exported = to_hf(model)
+    try:
+        if isinstance(exported, dict):
+            os.makedirs(folder, exist_ok=True)
+            torch.save(exported, os.path.join(folder, "model.pth"))
+        else:
+            exported.save_pretrained(folder)
+    except Exception as e:  # torch.save and safetensors each wrap the OSError of a full disk
+        shutil.rmtree(folder, ignore_errors=True)
+        fail(f"cannot write {folder}: {e}")

@@ -1,0 +1,266 @@
+"""
+compare.py is checked on a CPU, on made-up folders and on two real runs: its ranking, its statistics, its remarks on
+what cannot be compared, its plot, and its errors.
+
+    pytest -q test_compare.py                              # this file alone; test_models.py says what to install
+    pytest -q test_compare.py -k "sign or p_values"        # the statistics
+
+The references are scipy's binomial test, the table of McNemar's test, a simulation of equal models, and formulas in the
+test itself. The comparison with scipy is skipped where scipy is not installed, the plot without matplotlib.
+"""
+import json
+import math
+import os
+import sys
+import types
+
+import numpy as np
+import pytest
+
+import compare
+from conftest import bad, quick, stream_of, train
+
+
+def made_up(folder, arch="gpt2", val=4.0, hits=None, steps=1000, every=500, **options):
+    """Make a folder as a run leaves it behind; the validation loss falls by 1 every `every` steps, to val.
+
+    hits says for each HellaSwag item whether it was right; options replace values of the run's config."""
+    config = {
+        "vocab_size": 50304,
+        "total_batch_size": 1000,
+        "max_steps": 1000,
+        "warmup_steps": 10,
+        "data_dir": "data",
+        "beta2": 0.95,
+        "hella_limit": 100,
+        "hellaswag_file": "items",
+        "seed": 1,
+        "n_layer": 2,  # the order of the options does not matter
+        **options,
+    }
+    run = {
+        "arch": arch,
+        "config": config,
+        "params": {"total": 1234, "active": 1000, "non_embedding": 900},
+        "device": "cpu",
+        "flops_per_token": 8e6,
+        "processes": 2,
+        "tokens_per_second": 500,
+    }
+    os.makedirs(folder)
+    evaluated = range(0, steps + 1, every)
+    *_, last = evaluated
+    with open(f"{folder}/log.txt", "w") as f:
+        for step in range(steps):
+            if step in evaluated:
+                f.write(f"{step} val {val + (last - step) / every:.4f}\n")
+            f.write(f"{step} train 4.0\n")
+        if steps in evaluated:
+            f.write(f"{steps} val {val:.4f}\n")
+        if hits is not None:
+            np.save(f"{folder}/hella_{steps}.npy", hits)
+            f.write(f"{steps} hella {np.mean(hits):.4f}\n")
+    write_json(f"{folder}/run.json", run)
+
+
+def write_json(path, content):
+    """Write an object as JSON."""
+    with open(path, "w") as f:
+        json.dump(content, f)
+
+
+def compared(capsys, *arguments):
+    """Return what compare.py prints for these arguments: its rows as dicts, in order."""
+    capsys.readouterr()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["compare.py", *arguments])
+        compare.main()
+    lines = capsys.readouterr().out.splitlines()
+    head, rule, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert set("".join(rule)) == {"-"}
+    return [dict(zip(head, row, strict=True)) for row in rows]
+
+
+def test_the_sign_test_equals_scipy():
+    stats = pytest.importorskip("scipy.stats")
+    for wins, losses in (0, 0), (0, 1), (5, 5), (1, 9), (10, 3), (120, 80), (3000, 2800), (6000, 4042):
+        expected = stats.binomtest(wins, wins + losses).pvalue if wins + losses else 1.0
+        assert compare.sign_test(wins, losses) == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_table_ranks_and_compares(capsys):
+    rng = np.random.default_rng(0)
+    a = rng.random(100) < 0.4
+    b = rng.random(100) < 0.3
+    made_up("log/gpt2", val=3.5, hits=b)
+    made_up("log/llama", "llama", 3.2, a, beta2=0.99)
+    made_up("log/worse/phi", "phi", 3.9, b[:50], hella_limit=50)
+    rows = compared(capsys)
+    assert [row["model"] for row in rows] == ["llama", "gpt2", "phi"]
+    first, second, third = rows
+    assert first["parameters"] == "1,234"
+    assert first["active"] == "1,000"
+    assert first["tokens"] == "1,000,000"
+    assert first["MFLOP/token"] == "8.0"
+    assert first["tokens/s"] == "500 on 2 x cpu"
+    assert first["validation loss"] == "3.2000"
+    error = math.sqrt(a.mean() * (1 - a.mean()) / 100)
+    assert first["HellaSwag acc_norm"] == f"{a.mean():.4f} ± {error:.4f}"
+    assert first["remarks"] == "beta2=0.99"
+    assert second["remarks"] == ""
+    assert first["p"] == first["points to the first"] == "-"
+    # the table of McNemar's test
+    only_a = int((a & ~b).sum())
+    only_b = int((b & ~a).sum())
+    difference = only_b - only_a  # of 100 items, so in points
+    half = 1.96 * math.sqrt(only_b + only_a - difference ** 2 / 100)
+    interval = f"[{difference - half:+.2f}, {difference + half:+.2f}]"
+    assert second["points to the first"] == f"{difference:+.2f} {interval}"
+    assert second["p"] == f"{compare.sign_test(only_b, only_a):.2g}"
+    assert third["p"] == "-"  # other items
+    assert compared(capsys, "log/worse", "log/gpt2", "log/llama/log.txt") == rows
+
+
+def test_seeds_share_a_line(capsys):
+    three, five, two = (np.arange(100) % 10 < k for k in (3, 5, 2))
+    made_up("log/gpt2-1", val=3.5, hits=three, seed=1, log_dir="x", batch_size=4)
+    made_up("log/gpt2-2", val=3.1, hits=five, seed=2, device="cuda", data_dir="/elsewhere/data/")
+    made_up("log/rwkv", "rwkv", 3.4, two)
+    first, second = compared(capsys)
+    assert first["model"] == "gpt2"
+    assert first["runs"] == "2"
+    assert first["validation loss"] == "3.3000 (3.1000 to 3.5000)"
+    # of the items both seeds have 0.3 right, and one of them another 0.2
+    assert first["HellaSwag acc_norm"].startswith("0.4000 ± 0.0436 (0.3000 to 0.5000)")
+    # rwkv lacks the 0.2 that one seed has right, and 0.1 that both have
+    error = np.std([0.5] * 20 + [1] * 10 + [0] * 70) * 10
+    interval = f"[{-20 - 1.96 * error:+.2f}, {-20 + 1.96 * error:+.2f}]"
+    assert second["points to the first"] == f"-20.00 {interval}"
+    assert float(second["p"]) == pytest.approx(math.erfc(20 / error / math.sqrt(2)), rel=0.05)
+
+    made_up("log/gpt2-3", val=3.5, hits=three, seed=2)
+    first, _ = compared(capsys)
+    assert first["remarks"] == "a seed comes twice"
+    os.symlink("..", "log/gpt2-3/up")
+    os.symlink("gpt2-3", "log/latest")
+    rows = compared(capsys, "log", "log/rwkv/log.txt", "log/latest")
+    assert [row["runs"] for row in rows] == ["3", "1"]  # each once
+
+    made_up("log/gpt2-4", val=3.0, hits=three, n_layer=5)  # another model
+    remarks = {row["model"]: row["remarks"] for row in compared(capsys)}
+    assert remarks == {"gpt2 (gpt2-4)": "", "gpt2 (gpt2-1)": "n_layer=2; a seed comes twice", "rwkv": ""}
+
+
+def test_p_values_of_equal_models_are_even():
+    """For 1 run against 1, 2 against 2, 3 against 1 of the same model, one in twenty p-values is below 0.05."""
+    rng = np.random.default_rng(0)
+    for a, b in (1, 1), (2, 2), (3, 1):
+        chance = rng.beta(0.6, 1.4, 2000)  # of each item to be right
+
+        def group(n):
+            correct = (rng.random((n, 2000)) < chance).mean(0)
+            return types.SimpleNamespace(results=[None] * n, items="same", correct=correct)
+
+        low = 0
+        for _ in range(200):
+            _, p = compare.difference(group(a), group(b))
+            low += float(p) < 0.05
+        assert low <= 22, (a, b, low)
+
+
+def test_what_is_not_comparable_is_marked(capsys):
+    made_up("log/a", "gpt2", 3.5)
+    made_up("log/b", "llama", 3.6)
+    made_up("log/c", "phi", 3.0, data_dir="other")
+    made_up("log/d", "gemma", 3.1, steps=700)
+    made_up("log/e", "rwkv", 3.2, learning_rate=1.0)
+    made_up("log/f", "gpt2", 2.0, init_from="gpt2")
+    made_up("log/g", "llama", 2.5, steps=300, every=100, seed=2)
+    made_up("log/h", "deepseek", 2.1, every=300)
+    with open("log/d/log.txt", "a") as f:
+        f.write("700 tra")  # a line in the making
+    os.mkdir("log/build-nanogpt")
+    with open("log/build-nanogpt/log.txt", "w") as f:  # as its train_gpt2.py writes it
+        f.write("0 val 10.9527\n0 hella 0.2463\n0 train 10.955029\n1 train 10.6\n2 val 3.3\n2 hella 0.2955\n")
+    rows = {row["model"]: row for row in compared(capsys)}
+    assert list(rows) == [
+        "gpt2 (a)", "llama (b)", "gpt2 (f)", "deepseek", "llama (g)", "phi", "gemma", "rwkv", "build-nanogpt"]
+    remarks = {model: row["remarks"] for model, row in rows.items()}
+    assert not remarks["gpt2 (a)"]
+    assert not remarks["llama (b)"]  # the finished seed stays above
+    assert remarks["gpt2 (f)"] == "not comparable: init_from=gpt2 instead of ''"
+    assert remarks["llama (g)"] == "not comparable: in progress, step 300 of 1000"
+    assert remarks["deepseek"] == "not comparable: validation loss of step 900, not 1000"
+    assert remarks["phi"] == "not comparable: data_dir=other instead of data"
+    assert remarks["gemma"] == "not comparable: in progress, step 700 of 1000"
+    assert remarks["rwkv"] == "not comparable: learning_rate=1.0 instead of None"
+    assert rows["gemma"]["tokens"] == "700,000"
+    assert rows["gemma"]["validation loss"] == "3.1000"
+    peer = rows["build-nanogpt"]
+    assert peer["tokens"] == f"{2 * 524288:,}"
+    assert peer["validation loss"] == "3.3000"
+    assert peer["parameters"] == "-"
+    assert peer["HellaSwag acc_norm"] == "0.2955 ± 0.0046"
+    assert "no run.json" in peer["remarks"]
+
+
+def test_compare_reads_real_runs_and_draws(monkeypatch, capsys):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    for arch in "gpt2", "deepseek":
+        train(arch, monkeypatch, *quick(arch))
+    made_up("log/z", "phi", 3.0)
+    first, second, third = compared(capsys, "log", "--plot=curves.png")
+    assert first["tokens"] == second["tokens"] == "4,096"
+    assert all(row["active"] != "-" for row in (first, second, third))
+    assert float(first["validation loss"]) == stream_of("val", f"log/{first['model']}-tiny")[-1]
+    assert pyplot.imread("curves.png").std() > 0.05
+    assert os.path.getsize("curves.png") < 200_000
+
+
+def test_compare_says_in_a_line_what_is_wrong(monkeypatch, capsys):
+    def attempt(*arguments):
+        monkeypatch.setattr(sys, "argv", ["compare.py", *arguments])
+        compare.main()
+
+    bad(capsys, lambda: attempt(), "log is not there")
+    os.makedirs("log/empty")
+    bad(capsys, lambda: attempt(), "no log to read in log")
+    open("log/empty/log.txt", "w").close()
+    bad(capsys, lambda: attempt("log/empty"), "no log to read in log/empty")
+
+    made_up("log/a", hits=np.ones(5, bool))
+    hits = "log/a/hella_1000.npy"
+    for content in b"", b"xyz", b"PK", b"\x93NUMPY":
+        with open(hits, "wb") as f:
+            f.write(content)
+        bad(capsys, lambda: attempt("log/a"), hits, "move it away")
+    for array in np.ones((2, 5), bool), np.array(["a"]), np.zeros(0, bool):
+        np.save(hits, array)
+        bad(capsys, lambda: attempt("log/a"), hits, "move it away")
+    np.save(hits, np.ones(5, bool))
+
+    def is_damaged():
+        capsys.readouterr()
+        bad(capsys, lambda: attempt("log/a"), "no log to read in log/a")
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1
+        assert "log/a/log.txt, or run.json beside it, is damaged" in message
+
+    with open("log/a/run.json") as f:
+        whole = json.load(f)
+    for text in "{", "[" * 100_000:
+        with open("log/a/run.json", "w") as f:
+            f.write(text)
+        is_damaged()
+    for content in [], {}, whole | {"arch": 1}, whole | {"params": {}}, whole | {"flops_per_token": "x"}:
+        write_json("log/a/run.json", content)
+        is_damaged()
+    for name, value in ("max_steps", None), ("total_batch_size", "x"), ("beta2", []), ("data_dir", 1):
+        write_json("log/a/run.json", whole | {"config": whole["config"] | {name: value}})
+        is_damaged()
+
+    made_up("log/b")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    bad(capsys, lambda: attempt("log/b", "--plot=x.png"), "pip install matplotlib")
+    for name in "", "/", "log", "x":
+        bad(capsys, lambda: attempt("log/b", f"--plot={name}"), "--plot=", "curves.png")

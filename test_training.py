@@ -1,0 +1,956 @@
+"""
+Training is checked on a CPU: the data loader and the schedule, HellaSwag, whole runs from the shell and in this
+process, and bad input, which must end with one line and lose nothing.
+
+    pytest -q test_training.py                             # this file alone; test_models.py says what to install
+    pytest -q test_training.py -k hellaswag                # HellaSwag
+    pytest -q test_training.py -k "resume or killed or interrupted"    # runs that stop and resume
+    pytest -q test_training.py -k "full_disk or bad_options"           # some of the bad input
+
+The references are slices of the token stream, a HellaSwag loop that scores one item at a time with all logits,
+EleutherAI's lm-evaluation-harness, torch's own cosine schedule, transformers for exported models, and a second run that
+nothing has interrupted, split or compiled: its log must be the same.
+
+HELLASWAG_FILE may name the HellaSwag file, and TIKTOKEN_CACHE_DIR a folder with GPT-2's BPE. Tests that need either are
+skipped where it is neither there nor to be downloaded; the comparison with the harness is skipped without lm_eval.
+"""
+import contextlib
+import glob
+import hashlib
+import json
+import lzma
+import math
+import os
+import re
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import common
+import fineweb
+import hellaswag
+import run
+from conftest import (HF, QUICK, ROOT, SCRIPTS, Answer, Reduced, bad, checkpoint_of, each_arch, each_transformer,
+                      log_of, quick, serve, shards, shell, small_model, stream_of, tokens, train, trained_model,
+                      write_jsonl)
+
+
+def cpu_world(rank=0, size=1):
+    """Return the World of one of `size` processes, on the CPU."""
+    return common.World(torch.device("cpu"), rank, size)
+
+
+# ---- data and schedule -----------------------------------------------------------------------------------------------
+
+def loader(split, world_size=1, rank=0, **options):
+    """Return the ShardLoader of a split for a small Config, whose values options replace."""
+    small = dict(block_size=16, batch_size=4, total_batch_size=1024, vocab_size=256, data_dir="data", val_tokens=3000)
+    cfg = SCRIPTS["gpt2"].Config(**{**small, **options})
+    return common.ShardLoader(cfg, split, cpu_world(rank, world_size))
+
+
+@pytest.mark.parametrize("batch_size, world_size", [(4, 1), (16, 1), (64, 1), (2, 2), (4, 8), (1, 4)])
+def test_a_step_is_a_slice_of_the_stream(batch_size, world_size):
+    """Step s is tokens [1024 s, 1024 (s + 1)) for every split into processes and micro-steps, from every starting step,
+    over shard boundaries and, after 29 steps, over the end of the data."""
+    train_tokens, _ = shards("data")
+    stream = np.concatenate([train_tokens, train_tokens])
+    micro_steps = 1024 // (16 * batch_size * world_size)
+    for start in 0, 27:
+        ranks = []
+        for rank in range(world_size):
+            ranks.append(loader("train", world_size, rank, batch_size=batch_size).train_batches(start, micro_steps))
+        for step in range(start, start + 4):
+            inputs = []
+            targets = []
+            for _ in range(micro_steps):
+                for batches in ranks:
+                    x, y, _ = next(batches)
+                    inputs.append(x)
+                    targets.append(y)
+            begin = 1024 * step
+            end = 1024 * (step + 1)
+            assert (torch.cat(inputs).flatten().numpy() == stream[begin:end]).all()
+            assert (torch.cat(targets).flatten().numpy() == stream[begin + 1:end + 1]).all()
+
+
+@pytest.mark.parametrize("val_tokens, rows", [(3000, 187), (10**6, 312), (16, 1)])
+@pytest.mark.parametrize("batch_size, world_size", [(4, 1), (3, 2), (64, 1), (5, 4)])
+def test_validation_is_the_same_tokens_for_every_batch_size(val_tokens, rows, batch_size, world_size):
+    _, val = shards("data")
+    seen = []
+    for rank in range(world_size):
+        data = loader("val", world_size, rank, batch_size=batch_size, val_tokens=val_tokens)
+        assert data.val_rows == rows
+        for x, y, n in data.val_batches():
+            assert x.shape == y.shape == (batch_size, 16)
+            assert (y[n:] == -1).all()
+            assert (y[:n] >= 0).all()
+            for inputs, targets in zip(x[:n], y[:n]):
+                seen.append((*inputs.tolist(), targets[-1].item()))
+    assert sorted(seen) == sorted(tuple(val[16 * i:16 * i + 17].tolist()) for i in range(rows))
+
+
+def corrupt(path, at, value, dtype=np.int32):
+    """Overwrite one number of a file, at an offset in bytes."""
+    with open(path, "r+b") as f:
+        f.seek(at)
+        f.write(np.array([value], dtype).tobytes())
+
+
+def overwrite(path, data):
+    """Put other bytes into a file."""
+    with open(path, "wb") as f:
+        f.write(data)
+
+
+def test_bad_data_is_one_line(capsys):
+    path = "data/x_train_000002.bin"
+    bad(capsys, lambda: loader("train"), "data", "fineweb.py")
+    os.mkdir("data")
+    bad(capsys, lambda: loader("train"), "no train shards", "data")
+    damages = [  # what is done to the shard, what the error must say
+        (lambda: corrupt(path, 0, 7), "not a"),
+        (lambda: corrupt(path, 4, 2), "not a"),
+        (lambda: corrupt(path, 8, 5), "tokens"),
+        (lambda: corrupt(path, 8, -5), "tokens"),
+        (lambda: os.truncate(path, os.path.getsize(path) - 2), "tokens"),
+        (lambda: os.truncate(path, 100), "not a"),
+        (lambda: overwrite(path, b"\x93NUMPY" + b"x" * 3000), "not a"),
+    ]
+    for damage, word in damages:
+        shards("data")
+        damage()
+        bad(capsys, lambda: loader("train"), path, word)
+    shards("data")
+    os.remove("data/x_val_000000.bin")
+    bad(capsys, lambda: loader("val"), "no val shards")
+    shards("data", n_val=16)
+    bad(capsys, lambda: loader("val"), "block_size=16")
+    shards("data")
+    bad(capsys, lambda: loader("val", val_tokens=15), "val_tokens=15")
+    corrupt("data/x_train_000001.bin", 1024 + 20, 300, np.uint16)
+
+    def first_batch():
+        return next(loader("train").train_batches(0, 1))
+
+    bad(capsys, first_batch, "x_train_000001.bin", "300", "vocab_size=256")
+
+
+def test_cosine_schedule():
+    cfg = SCRIPTS["gpt2"].Config()
+    lr = [common.cosine_lr(cfg, step) for step in range(cfg.max_steps + 2)]
+    assert lr[0] == pytest.approx(6e-4 / 715)
+    assert lr[714] == lr[715] == pytest.approx(6e-4)
+    assert lr[(715 + 19073) // 2] == pytest.approx(3.3e-4)
+    assert lr[19073] == lr[19074] == pytest.approx(6e-5)
+    # torch's own cosine is the reference
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    reference = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=19073 - 715, eta_min=0.1)
+    for step in range(715, 3000):
+        assert lr[step] == pytest.approx(6e-4 * optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        reference.step()
+    common.cosine_lr(SCRIPTS["gpt2"].Config(max_steps=5, warmup_steps=5), 5)
+
+
+def test_batch_that_does_not_divide(monkeypatch, capsys):
+    def attempt(option):
+        train("gpt2", monkeypatch, *QUICK, option)
+    bad(capsys, lambda: attempt("--batch_size=3"), "batch_size=3", "[1, 2, 4, 8, 16]")
+    bad(capsys, lambda: attempt("--block_size=33"), "block_size=33", "no --batch_size does")
+
+
+# ---- HellaSwag -------------------------------------------------------------------------------------------------------
+
+def answers(scorer, model):
+    """Return a scorer's answers for a model as one array: right by acc, right by acc_norm (2, N)."""
+    scores = scorer.score(model)
+    return np.array([scores["acc"], scores["acc_norm"]])
+
+
+def one_at_a_time(model, items, encode):
+    """Score as build-nanogpt does, one item at a time with all logits: right by sum, right by mean (2, N)."""
+    right = []
+    for item in items:
+        context = encode(item["ctx"])
+        endings = [encode(" " + ending) for ending in item["endings"]]
+        idx = torch.zeros(4, len(context) + max(map(len, endings)), dtype=torch.long)
+        mask = torch.zeros_like(idx)
+        for row, ending in enumerate(endings):
+            end = len(context) + len(ending)
+            idx[row, :end] = torch.tensor(context + ending)
+            mask[row, len(context):end] = 1
+        with torch.no_grad():
+            logits, _ = model(idx)
+        losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), idx[:, 1:].flatten(), reduction="none").view(4, -1)
+        sums = (losses * mask[:, 1:]).sum(1)
+        means = sums / mask.sum(1)
+        right.append([x.argmin().item() == item["label"] for x in (sums, means)])
+    return np.array(right).T
+
+
+@each_arch
+def test_hellaswag_equals_one_item_at_a_time(arch, gpt2_bpe, hellaswag_items):
+    """Every item of the whole set is scored (some of them for the later architectures), and 100 with other batches and
+    paddings."""
+    items = hellaswag_items if arch == "gpt2" else hellaswag_items[::20]
+    model = small_model(arch, n_layer=1, n_dense_layer=0, n_embd=32, n_head=2, block_size=192)
+    encode = Reduced(gpt2_bpe)
+
+    def scorer(items, batch_tokens=8192, compile=False):
+        return hellaswag.HellaSwag(items, encode, 192, batch_tokens, cpu_world(), compile)
+
+    acc, acc_norm = ours = answers(scorer(items), model)
+    reference = one_at_a_time(model, items, encode.encode_ordinary)
+    assert (ours != reference).sum() <= 2  # ties in the last bit
+    assert 0.2 < acc_norm.mean() < 0.3
+    assert (acc != acc_norm).mean() > 0.1
+    for batch_tokens in 1, 500, 10**6:
+        assert (answers(scorer(items[:100], batch_tokens), model) == reference[:, :100]).all()
+    # the batches of a compiled model, not compiled: few shapes, one for each width
+    fixed = scorer(items[:100], 2048, compile=True)
+    shapes = {tuple(batch.shape) for batch, _ in fixed.batches}
+    assert all(width % 64 == 0 for _, width in shapes)
+    assert len(shapes) == len({width for _, width in shapes})
+    fixed.compile = False
+    assert (answers(fixed, model) == reference[:, :100]).all()
+    # negative control
+    spoiled = [{**item, "ctx": item["endings"][0]} for item in items[:100]]
+    assert (answers(scorer(spoiled), model) != reference[:, :100]).any()
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_scorer_scores_one_model_after_another(compile, monkeypatch):
+    """The second model gets its own scores, not those of its head on the first one's hidden states."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    items = [{"ctx": f"item {i}", "endings": ["a", "bc", "def", "ghij"], "label": i % 4} for i in range(8)]
+
+    def scorer():
+        return hellaswag.HellaSwag(items, fineweb.Bytes(), 64, 256, cpu_world(), compile)
+
+    first, second = (small_model("gpt2", seed) for seed in (0, 1))
+    expected = [scorer().losses(model) for model in (first, second)]
+    assert (expected[0] - expected[1]).abs().max() > 0.1
+    same = scorer()
+    for model, losses in zip((first, second), expected):
+        assert torch.equal(same.losses(model), losses)
+
+
+def test_hellaswag_is_split_over_processes(gpt2_bpe, hellaswag_items, monkeypatch):
+    model = small_model("gpt2", block_size=192)
+
+    def scorer(rank=0, size=1):
+        return hellaswag.HellaSwag(hellaswag_items[:40], Reduced(gpt2_bpe), 192, 1024, cpu_world(rank, size))
+
+    whole = answers(scorer(), model)
+    parts = []
+
+    def collect(self, x):
+        parts.append(x.clone())
+        return x
+
+    monkeypatch.setattr(common.World, "sum", collect)
+    scorers = [scorer(rank, 3) for rank in range(3)]
+    for part in scorers:
+        part.score(model)
+    assert sum(len(part.batches) for part in scorers) > 3
+    monkeypatch.setattr(common.World, "sum", lambda self, x: sum(parts))
+    assert (answers(scorers[0], model) == whole).all()
+
+
+def test_hellaswag_items_longer_than_the_context_lose_its_start():
+    model = small_model("gpt2", vocab_size=256, block_size=24)
+    rng = np.random.default_rng(0)
+
+    def word(n):
+        return "".join(map(chr, rng.integers(97, 123, n)))
+
+    def score(items):
+        return answers(hellaswag.HellaSwag(items, fineweb.Bytes(), 24, 480, cpu_world()), model)
+
+    items = [{"ctx": word(40), "endings": [word(9) for _ in range(4)], "label": 0} for _ in range(60)]
+    cut = [{**item, "ctx": item["ctx"][-14:]} for item in items]  # 14 + space + 9 = 24
+    assert (score(items) == one_at_a_time(model, cut, fineweb.Bytes().encode_ordinary)).all()
+    score([{**items[0], "ctx": "a", "endings": [word(n) for n in (1, 23, 24, 60)]}])
+
+
+@pytest.mark.parametrize("line, word", [
+    ('{"ctx": "a", "endings": ["b", "c", "d"], "label": 0}', "line 2"),
+    ('{"ctx": "a", "endings": ["b", "c", "d", "e"]}', "line 2"),
+    ('{"ctx": "a", "endings": ["b", "c", "d", "e"], "label": 4}', "line 2"),
+    ("not json", "line 2"),
+    ("[]", "line 2"),
+    ('{"ctx": 3, "endings": ["b", "c", "d", "e"], "label": 1}', "line 2"),
+    ('{"ctx": "a", "endings": "bcde", "label": 1', "line 2"),
+])
+def test_a_malformed_hellaswag_file_names_the_line(line, word, monkeypatch, capsys):
+    good = '{"ctx": "a", "endings": ["b", "c", "d", "e"], "label": 3}\n'
+    overwrite("h.jsonl", (good + line + "\n" + good).encode())
+
+    def attempt(file):
+        train("gpt2", monkeypatch, *QUICK, "--hella_limit=3", f"--hellaswag_file={file}")
+
+    bad(capsys, lambda: attempt("h.jsonl"), "h.jsonl", word)
+    bad(capsys, lambda: attempt("missing.jsonl"), "missing.jsonl")
+    assert not os.path.exists("log")
+
+
+class Files(Answer):
+    """Sends the files of a dict {path: bytes}; of /short it leaves the last bytes out."""
+
+    files = {}
+
+    def do_GET(self):
+        data = self.files.get(self.path, b"")
+        self.send_response(200 if data else 404)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data[:-5] if self.path == "/short" else data)
+
+
+def test_hellaswag_is_fetched_whole_or_not_at_all(monkeypatch, capsys):
+    data = b'{"ctx": "a man", "endings": ["eats", "sits", "runs", "sees"], "label": 3}\n' * 6
+    monkeypatch.setattr(Files, "files", {"/good": data, "/other": data[:-1] + b" ", "/short": data})
+    monkeypatch.setattr(hellaswag, "SIZE", len(data))
+    monkeypatch.setattr(hellaswag, "SHA256", hashlib.sha256(data).hexdigest())
+    with serve(Files) as url:
+        for path in "/missing", "/other", "/short":
+            monkeypatch.setattr(hellaswag, "URL", url + path)
+            with pytest.raises(OSError):
+                hellaswag.download()
+            assert os.listdir() == []
+        # a run without HellaSwag says so once and trains
+        train("gpt2", monkeypatch, *QUICK, "--hella_limit=10")
+        assert capsys.readouterr().err.count("no HellaSwag") == 1
+        assert b"hella" not in log_of()
+        monkeypatch.setattr(hellaswag, "URL", url + "/good")
+        train("gpt2", monkeypatch, *QUICK, "--hella_limit=10", "--log_dir=log/b")
+    with open(hellaswag.FILE, "rb") as f:
+        assert f.read() == data
+    assert re.findall(r"^(\d+) hella [01]\.\d{4}$", log_of("log/b").decode(), re.M) == ["0", "4", "8"]
+    assert np.load("log/b/hella_8.npy").shape == (6,)
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------------
+
+def run_of(folder):
+    """Return a run's run.json as a dict."""
+    with open(f"{folder}/run.json") as f:
+        return json.load(f)
+
+
+def checkpoints(folder="log/gpt2-tiny"):
+    """Return the paths of a run's checkpoints, the oldest first."""
+    return sorted(glob.glob(f"{folder}/model_*.pt"))
+
+
+@each_arch
+def test_a_tiny_run_from_the_shell(arch):
+    """A short version of the first command in the README does everything that the README promises."""
+    folder = f"log/{arch}-tiny"
+    result = shell(f"train_{arch}.py", "--tiny", "--max_steps=60", "--eval_interval=30", "--sample_interval=60",
+                   "--checkpoint_interval=0")
+    assert result.returncode == 0, result.stderr
+    train_loss = stream_of("train", folder)
+    assert len(train_loss) == 60
+    assert abs(train_loss[0] - math.log(256)) < 0.3
+    assert train_loss[-1] < 3.3
+    val = stream_of("val", folder)
+    assert val[2] < val[1] < val[0]
+    for line in log_of(folder).decode().splitlines():
+        assert re.fullmatch(r"\d+ (train|val|lr|norm|maxvio) \S+", line)
+    for words in "sample: ", f"log: {folder}/log.txt", "checkpoint: ", "next: python ":
+        assert words in result.stdout
+    info = run_of(folder)
+    assert info["arch"] == arch
+    assert info["config"]["max_steps"] == 60
+    assert info["params"]["total"] > 0
+    assert info["flops_per_token"] > 0
+    command = re.search(r"next: python (.*) --sample", result.stdout)[1].split()
+    sample = shell(*command, "--sample=The statement", "--seed=1")
+    assert sample.returncode == 0
+    assert sample.stdout.startswith("The statement")
+    assert len(sample.stdout) > 50
+    assert shell(*command, "--sample=The statement", "--seed=1").stdout == sample.stdout
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "deepseek"])
+def test_resume_is_exact(arch, monkeypatch, capsys):
+    """Interrupted after any step and resumed, a run ends with the same log and the same weights."""
+    train(arch, monkeypatch, *quick(arch), "--log_dir=log/whole")
+    whole = checkpoint_of("log/whole")
+    for stop in 2, 6:
+        folder = f"log/{stop}"
+        train(arch, monkeypatch, *quick(arch), f"--log_dir={folder}")
+        for path in checkpoints(folder):
+            if path > f"{folder}/model_{stop:05d}.pt":
+                os.remove(path)
+        with open(f"{folder}/log.txt", "a") as f:
+            f.write("9 tra")  # torn by a kill
+        train(arch, monkeypatch, *quick(arch), f"--log_dir={folder}", "--resume=auto")
+        assert f"resumed {folder}/model_{stop:05d}.pt at step {stop}" in capsys.readouterr().out
+        assert log_of(folder) == log_of("log/whole")
+        again = checkpoint_of(folder)
+        for name, p in whole["model"].items():
+            assert torch.equal(p, again["model"][name]), name
+        for i, state in whole["optimizer"]["state"].items():
+            for name, value in state.items():
+                assert torch.equal(value, again["optimizer"]["state"][i][name])
+    assert not any("_orig_mod" in name or name.startswith("module.") for name in whole["model"])
+    # a finished run does not change
+    train(arch, monkeypatch, *quick(arch), "--log_dir=log/whole", "--resume=auto")
+    assert log_of("log/whole") == log_of("log/6")
+    # another option is said, and used
+    train(arch, monkeypatch, *quick(arch), "--log_dir=log/decay", "--resume=log/whole/model_00004.pt",
+          "--weight_decay=9", "--optimizer=adamw")
+    assert "weight_decay 0.1 -> 9.0" in capsys.readouterr().out
+    assert checkpoint_of("log/decay")["optimizer"]["param_groups"][0]["weight_decay"] == 9.0
+    assert stream_of("train", "log/decay")[0] == stream_of("train", "log/whole")[4]
+
+
+KILLED_WHILE_SAVING = """
+import os, signal, sys, torch, train_gpt2
+save = torch.save
+
+def dying(state, f):
+    save(state, f)
+    if state["step"] == 6:
+        f.flush()
+        f.truncate(1000)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+torch.save = dying
+train_gpt2.main()
+"""
+
+
+def test_killed_in_the_middle_of_a_save(monkeypatch):
+    """After kill -9 while the checkpoint of step 6 is half written, the one of step 4 counts, and the log ends the
+    same."""
+    train("gpt2", monkeypatch, *QUICK, "--log_dir=log/whole")
+    env = {**os.environ, "PYTHONPATH": ROOT}
+    result = subprocess.run([sys.executable, "-c", KILLED_WHILE_SAVING, *QUICK], env=env, capture_output=True)
+    assert result.returncode == -signal.SIGKILL
+    assert os.path.exists("log/gpt2-tiny/model_00006.pt.tmp")
+    assert not os.path.exists("log/gpt2-tiny/model_00006.pt")
+    train("gpt2", monkeypatch, *QUICK, "--resume=auto")
+    assert log_of() == log_of("log/whole")
+    assert not glob.glob("log/gpt2-tiny/*.tmp")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_interrupted_and_resumed(signum, monkeypatch):
+    """SIGTERM and SIGINT finish the step and save; nothing saves on SIGKILL, which loses steps, never the result."""
+    options = [*QUICK, "--max_steps=100", "--checkpoint_interval=20", "--eval_interval=50"]
+    command = [sys.executable, os.path.join(ROOT, "train_gpt2.py"), *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step    30/"):
+            process.send_signal(signum)
+            break
+    rest = process.stdout.read()
+    newest = max(checkpoints())
+    if signum == signal.SIGKILL:
+        assert process.wait() == -signum
+        assert newest.endswith("00020.pt")
+    else:
+        assert process.wait() == 0
+        assert newest > "log/gpt2-tiny/model_00030.pt"
+        assert f"stopped; {newest} holds everything" in rest
+    train("gpt2", monkeypatch, *options, "--resume=auto")
+    train("gpt2", monkeypatch, *options, "--log_dir=log/whole")
+    assert log_of() == log_of("log/whole")
+
+
+@pytest.mark.parametrize("signal_in_step", [None, 3, 7])
+def test_numbers_that_are_read_late(signal_in_step, monkeypatch, capsys):
+    """On a GPU an update is logged while the next one runs. The log is the same, and a signal in any step, the last
+    one included, ends in a message that is true: resumed, the run ends with the log of an uninterrupted one."""
+    train("gpt2", monkeypatch, *QUICK, "--log_dir=log/whole")
+    begin_update = run.Run.begin_update
+    updates = []
+
+    def late(self):
+        self.lag = 1
+        begin_update(self)
+        updates.append(len(self.pending))
+        if len(updates) - 1 == signal_in_step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run.Run, "begin_update", late)
+        train("gpt2", patch, *QUICK)
+    assert 1 in updates  # something was pending
+    stopped = "stopped; " in capsys.readouterr().out
+    assert stopped == (signal_in_step is not None)
+    if stopped:
+        assert len(stream_of("val", "log/gpt2-tiny")) < len(stream_of("val", "log/whole"))
+        train("gpt2", monkeypatch, *QUICK, "--resume=auto")
+    assert log_of() == log_of("log/whole")
+
+
+def test_a_checkpoint_does_not_depend_on_the_order_of_options(monkeypatch, capsys):
+    """A version of the script with other options, or the same ones in another order, can read it."""
+    train("gpt2", monkeypatch, *QUICK, "--log_dir=log/whole")
+    checkpoint = checkpoint_of("log/whole", step=4)
+    config = dict(reversed(checkpoint["config"].items()))
+    del config["keep_checkpoints"]  # an option that came later
+    torch.save({**checkpoint, "config": config}, "older.pt")
+    train("gpt2", monkeypatch, *QUICK, "--resume=older.pt", "--max_steps=6")
+    out = capsys.readouterr().out
+    assert "resumed older.pt at step 4" in out
+    assert "max_steps 8 -> 6" in out
+    config["n_layer"] = 2
+    torch.save({**checkpoint, "config": config}, "other.pt")
+    bad(capsys, lambda: train("gpt2", monkeypatch, *QUICK, "--resume=other.pt"), "another shape", "--n_layer=2")
+
+
+@pytest.mark.parametrize("name, peak", [
+    ("NVIDIA A100-SXM4-80GB", 312e12),
+    ("NVIDIA A100 80GB PCIe", 312e12),
+    ("NVIDIA RTX A1000 Laptop GPU", None),
+    ("NVIDIA RTX A1000", None),
+    ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+    ("NVIDIA H100 80GB HBM3", 989.4e12),
+    ("NVIDIA H100 PCIe", 756e12),
+    ("NVIDIA H200", 989.4e12),
+    ("NVIDIA H200 NVL", 835e12),
+    ("NVIDIA GH200 480GB", 989.4e12),
+    ("NVIDIA GeForce RTX 4090", 165.2e12),
+    ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+    ("NVIDIA GeForce RTX 4090 D", None),
+    ("NVIDIA GeForce RTX 3090 Ti", None),
+    ("cpu", None),
+])
+def test_the_peak_is_that_of_the_device(name, peak):
+    assert common.peak_flops(name) == peak
+
+
+@each_arch
+def test_processes_and_micro_batches_do_not_change_the_result(arch, monkeypatch):
+    """1 process x 16 rows, 1 x 2 with accumulation and 2 x 2 with accumulation end the same; so does a run that resumes
+    with another number of processes."""
+    shards("data")
+    options = [*quick(arch), "--data_dir=data", "--hella_limit=0"]
+    train(arch, monkeypatch, *options, "--batch_size=16", "--log_dir=log/a")
+    train(arch, monkeypatch, *options, "--batch_size=2", "--log_dir=log/b")
+    result = shell(f"train_{arch}.py", *options, "--batch_size=2", "--log_dir=log/c", processes=2)
+    assert result.returncode == 0, result.stderr
+    os.makedirs("log/d")
+    os.link("log/c/model_00004.pt", "log/d/model_00004.pt")
+    train(arch, monkeypatch, *options, "--batch_size=8", "--log_dir=log/d", "--resume=auto")
+    weights = checkpoint_of("log/a")["model"]
+    for other in "log/b", "log/c", "log/d":
+        for stream, tolerance in ("train", 1e-5), ("val", 1e-4), ("norm", 1e-4):
+            ours = stream_of(stream, other)
+            expected = stream_of(stream, "log/a")[-len(ours):]  # the resumed run has the later steps
+            np.testing.assert_allclose(ours, expected, rtol=tolerance)
+        assert (stream_of("maxvio", "log/a")[-4:] == stream_of("maxvio", other)[-4:]).all()
+        other_weights = checkpoint_of(other)["model"]
+        for name, bias in weights.items():
+            if name.endswith("correction_bias"):
+                assert bias.any()
+                assert torch.equal(bias, other_weights[name])
+
+
+def test_two_machines_train_as_one():
+    """Two agents of torchrun that meet over the network leave the log of two processes of one machine."""
+    with contextlib.closing(socket.socket()) as s:
+        s.bind(("127.0.0.1", 0))
+        _, port = s.getsockname()
+    agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
+             f"--rdzv_endpoint=127.0.0.1:{port}", "--local_addr=127.0.0.1",
+             os.path.join(ROOT, "train_gpt2.py"), *QUICK, "--log_dir=log/two"]
+    agents = []
+    for _ in range(2):
+        agents.append(subprocess.Popen(agent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    outputs = [process.communicate()[0] for process in agents]
+    assert all(process.returncode == 0 for process in agents), outputs
+    result = shell("train_gpt2.py", *QUICK, "--log_dir=log/one", processes=2)
+    assert result.returncode == 0, result.stderr
+    assert log_of("log/two") == log_of("log/one"), result.stderr
+    assert run_of("log/two")["processes"] == 2
+
+
+@each_arch
+def test_compiled_is_the_same(arch, monkeypatch, gpt2_bpe, hellaswag_items, capsys):
+    """torch.compile on the CPU gives the same losses; HellaSwag, samples and saving work, and names stay clean."""
+    write_jsonl("h.jsonl", hellaswag_items[:8])
+    data = gpt2_bpe.encode_ordinary(" ".join(item["ctx"] for item in hellaswag_items[:300]))
+    os.mkdir("data")
+    fineweb.write_shard("data/x_val_000000.bin", data[:2000])
+    fineweb.write_shard("data/x_train_000001.bin", data[2000:])
+    options = [*quick(arch), "--data_dir=data", "--vocab_size=50304", "--block_size=64", "--hella_limit=8",
+               "--hellaswag_file=h.jsonl", "--max_steps=4", "--eval_interval=2", "--sample_interval=2"]
+    train(arch, monkeypatch, *options, "--log_dir=log/eager")
+    train(arch, monkeypatch, *options, "--log_dir=log/compiled", "--compile")
+    for stream in "train", "val", "hella":
+        eager = stream_of(stream, "log/eager")
+        assert len(eager) >= 3
+        np.testing.assert_allclose(eager, stream_of(stream, "log/compiled"), rtol=1e-4)
+    assert capsys.readouterr().out.count("sample: Hello") == 4
+    names, compiled_names = (list(checkpoint_of(f"log/{run}", step=4)["model"]) for run in ("eager", "compiled"))
+    assert names == compiled_names
+
+
+@each_transformer
+def test_export_opens_with_transformers(arch, monkeypatch, capsys):
+    from transformers import AutoModelForCausalLM
+    train(arch, monkeypatch, *quick(arch))
+    train(arch, monkeypatch, *quick(arch), "--export=exported")
+    hf = AutoModelForCausalLM.from_pretrained("exported").eval()
+    assert type(hf).__name__ == HF[arch]
+    model = trained_model(arch)
+    idx = tokens(2, 32, vocab=256)
+    logits, _ = model(idx)
+    torch.testing.assert_close(hf(idx).logits, logits, atol=1e-4, rtol=0)
+    assert hf.generate(idx[:1, :5], max_new_tokens=5, do_sample=False).shape == (1, 10)
+    bad(capsys, lambda: train(arch, monkeypatch, *quick(arch), "--export=exported"), "not empty")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    bad(capsys, lambda: train(arch, monkeypatch, *quick(arch), "--export=again"), "pip install transformers")
+
+
+def is_one_line_error(result):
+    """Tell whether a process of shell() ended with exit code 1 and one line on stderr."""
+    return result.returncode == 1 and result.stderr.count("\n") == 1
+
+
+def test_hellaswag_from_the_shell(monkeypatch, gpt2_bpe, hellaswag_items):
+    write_jsonl("h.jsonl", hellaswag_items[:30])
+    data = gpt2_bpe.encode_ordinary(" ".join(item["ctx"] for item in hellaswag_items[:50]))
+    os.mkdir("data")
+    for name in "x_val_000000.bin", "x_train_000001.bin":
+        fineweb.write_shard(f"data/{name}", data)
+    checkpoint = "log/gpt2-tiny/model_00008.pt"
+    train("gpt2", monkeypatch, *QUICK, "--data_dir=data", "--vocab_size=50304", "--block_size=256", "--batch_size=1",
+          "--hella_limit=30", "--hellaswag_file=h.jsonl")
+    train("gpt2", monkeypatch, *QUICK, "--export=exported")
+    # a checkpoint and its export score the same
+    ours = shell("hellaswag.py", checkpoint, "--hellaswag_file=h.jsonl")
+    theirs = shell("hellaswag.py", "exported", "--hellaswag_file=h.jsonl")
+    assert ours.returncode == theirs.returncode == 0, ours.stderr + theirs.stderr
+    assert ours.stdout.splitlines()[:2] == theirs.stdout.splitlines()[:2]
+    acc_norm = re.search(r"acc_norm (0\.\d{4}) \+- 0\.\d{4}  \(\d+/30\)", ours.stdout)[1]
+    assert float(acc_norm) == stream_of("hella", "log/gpt2-tiny")[-1]
+    assert "items/s" in ours.stdout
+    # the style of lm-eval needs the fields of the original file
+    with open("h.jsonl") as f:
+        items = [json.loads(line) for line in f]
+    fields = [{**item, "activity_label": "Doing", "ctx_a": item["ctx"], "ctx_b": ""} for item in items]
+    write_jsonl("raw.jsonl", fields)
+    ours = shell("hellaswag.py", "exported", "--hellaswag_file=raw.jsonl", "--style=lm-eval")
+    assert ours.returncode == 0
+    assert "/30)" in ours.stdout
+    lacking = shell("hellaswag.py", checkpoint, "--hellaswag_file=h.jsonl", "--style=lm-eval")
+    assert is_one_line_error(lacking)
+    assert "line 1" in lacking.stderr
+    assert "ctx_a" in lacking.stderr
+    for name in "nothing.pt", "h.jsonl":
+        result = shell("hellaswag.py", name, "--hellaswag_file=h.jsonl")
+        assert is_one_line_error(result)
+        assert name in result.stderr
+
+
+def lm_eval_items(path, n=600):
+    """Return real items with the fields of the original file; a copy that has the context in one piece is cut into two
+    at its last sentence. Every sixth item gets WikiHow's markers, which a copy may lack."""
+    with (lzma.open if path.endswith(".xz") else open)(path, "rb") as f:
+        lines = f.readlines()
+    items = [json.loads(line) for line in lines[::10042 // n][:n]]
+    for i, item in enumerate(items):
+        if "ctx_a" not in item:
+            first, dot, last = item["ctx"].rpartition(". ")
+            item["ctx_a"] = first + dot.strip()
+            item["ctx_b"] = last
+        if i % 6 == 0:
+            item["ctx_a"] = "[header] " + item["ctx_a"].replace(". ", " [title] ", 1)
+            item["ctx_b"] += (" [step]", "  [substeps] ", " [title]")[i % 18 // 6]
+            ending = item["endings"][i % 4].replace(" ", "  ", 2)
+            item["endings"][i % 4] = f" [header] {ending} [title] " + "\u2014" * 8 + " [step]."
+    return items
+
+
+# the harness's own task, on a local file
+LOCAL_TASK = """\
+include: {folder}/tasks/hellaswag/hellaswag.yaml
+task: local
+dataset_path: json
+dataset_kwargs: {{data_files: {{validation: {file}}}}}
+training_split: null
+"""
+
+
+def test_lm_eval_style_equals_the_harness(gpt2_bpe, hellaswag_path):
+    """lm-evaluation-harness, run on the export of a random model, finds the same likelihoods and answers for 600 real
+    items."""
+    lm_eval = pytest.importorskip("lm_eval")
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+    from tiktoken.load import read_file_cached
+    from transformers import GPT2TokenizerFast
+
+    class Folded(HFLM):
+        """Folds the vocabulary as Reduced does."""
+
+        def tok_encode(self, *args, **options):
+            return [token % Reduced.n_vocab for token in super().tok_encode(*args, **options)]
+
+    os.mkdir("tokenizer")
+    for name, file in ("vocab.json", "encoder.json"), ("merges.txt", "vocab.bpe"):
+        data = read_file_cached(f"https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/{file}")
+        overwrite(f"tokenizer/{name}", data)
+    names = "ctx", "activity_label", "ctx_a", "ctx_b", "endings", "label"
+    write_jsonl("items.jsonl", [{name: item[name] for name in names} for item in lm_eval_items(hellaswag_path)])
+    os.mkdir("tasks")
+    task = LOCAL_TASK.format(folder=os.path.dirname(lm_eval.__file__), file=os.path.abspath("items.jsonl"))
+    overwrite("tasks/local.yaml", task.encode())
+
+    model = small_model("gpt2", vocab_size=Reduced.n_vocab, block_size=512)
+    tokenizer = GPT2TokenizerFast.from_pretrained("tokenizer")
+    theirs = lm_eval.simple_evaluate(
+        Folded(SCRIPTS["gpt2"].to_hf(model), tokenizer=tokenizer, batch_size=8, device="cpu"),
+        tasks=["local"], task_manager=TaskManager(include_path="tasks"), log_samples=True, bootstrap_iters=0)
+    samples = sorted(theirs["samples"]["local"], key=lambda sample: sample["doc_id"])
+    expected = -torch.tensor([[float(choice[0]) for choice in sample["filtered_resps"]] for sample in samples])
+    their_answers = np.array([[sample["acc"], sample["acc_norm"]] for sample in samples]).T.astype(bool)
+
+    def scorer(style):
+        items = hellaswag.load_items("items.jsonl", style)
+        return hellaswag.HellaSwag(items, Reduced(gpt2_bpe), 512, 4096, cpu_world(), style=style)
+
+    ours = scorer("lm-eval")
+    assert expected.shape == (600, 4)
+    assert (answers(ours, model) == their_answers).all()
+    torch.testing.assert_close(ours.losses(model), expected, atol=2e-3, rtol=0)
+    other = scorer("completion")  # the other style is another task
+    assert ((other.losses(model) - expected).abs() > 0.02).float().mean() > 0.9
+
+
+def test_bench_keeps_nothing(monkeypatch, capsys):
+    monkeypatch.setitem(common.PEAK_FLOPS, "cpu", 1e12)
+    train("gpt2", monkeypatch, *QUICK, "--bench=3")
+    out = capsys.readouterr().out
+    assert re.search(r"median of 3 steps: [\d.]+ ms \| [\d,]+ tok/s \| [\d.]+% MFU", out)
+    assert os.listdir() == []
+
+
+def test_samples_and_short_contexts(monkeypatch, capsys):
+    """A sample within a run shortens its prompt; a recurrent model has no limit, others say theirs."""
+    for arch in "gpt2", "rwkv":
+        train(arch, monkeypatch, *quick(arch), "--block_size=8", "--sample_interval=4")
+        assert capsys.readouterr().out.count("sample: Hello, I") == 2
+    prompt = "--sample=" + 40 * "x"
+    train("rwkv", monkeypatch, *quick("rwkv"), "--block_size=8", prompt)
+    bad(capsys, lambda: train("gpt2", monkeypatch, *QUICK, "--block_size=8", prompt), "40 tokens")
+
+
+def test_samples_never_contain_padding():
+    model = small_model("gpt2", vocab_size=512, block_size=16)
+    with torch.no_grad():
+        model.lm_head.weight[256:] *= 100  # the padding would win every draw
+    text = common.generate(model, fineweb.Bytes(), list(b"ab"), "cpu", seed=0, new_tokens=40)
+    assert text.startswith("ab")
+    assert len(text.encode(errors="replace")) >= 40
+    with pytest.raises(SystemExit, match="17 tokens"):
+        common.generate(model, fineweb.Bytes(), 17 * [97], "cpu", seed=0)
+    assert common.generate(model, fineweb.Bytes(), [], "cpu", seed=0)
+
+
+# ---- bad input: one line, exit code 1, nothing lost ------------------------------------------------------------------
+
+@pytest.mark.parametrize("option, words", [
+    ("--n_layers=3", "--n_layer"),
+    ("--learn_rate=1", "--learning_rate"),
+    ("--zzz", "--help"),
+    ("stray", "stray"),
+    ("--n_layer=two", "--n_layer"),
+    ("--n_layer=0", "n_layer=0"),
+    ("--batch_size=-4", "batch_size=-4"),
+    ("--learning_rate=nan", "learning_rate"),
+    ("--compile=maybe", "--compile"),
+    ("--optimizer=sgd", "muon"),
+    ("--device=tpu9", "--device=tpu9"),
+    ("--n_head=5", "n_head=5"),
+    ("--bench=-1", "bench"),
+    ("--bench=1 --sample=x", "one at a time"),
+    ("--beta1=1", "beta1"),
+    ("--seed=18446744073709551616", "seed"),
+    ("--n_embd=9223372036854775800", "n_embd"),
+    ("--sample=x", "no checkpoint"),
+    ("--export=x", "no checkpoint"),
+    ("--resume=x.pt", "x.pt"),
+    ("--data_dir=nowhere", "nowhere"),
+])
+def test_bad_options(option, words, monkeypatch, capsys):
+    bad(capsys, lambda: train("gpt2", monkeypatch, *QUICK, *option.split()), words)
+    assert not os.path.exists("log")
+
+
+def test_an_error_is_one_line_without_a_traceback():
+    result = shell("train_gpt2.py", "--data_dir=nowhere")
+    assert is_one_line_error(result)
+    assert result.stdout == ""
+    assert "nowhere" in result.stderr
+
+
+class Attack:
+    """Runs a command when it is unpickled."""
+
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+def test_checkpoints_that_must_not_be_used(monkeypatch, capsys):
+    train("gpt2", monkeypatch, *QUICK)
+    log = log_of()
+    path = "log/gpt2-tiny/model_00008.pt"
+
+    def same_folder(*options):
+        train("gpt2", monkeypatch, *QUICK, *options)
+
+    def new_folder(*options):
+        train("gpt2", monkeypatch, *QUICK, "--log_dir=log/new", *options)
+
+    bad(capsys, lambda: same_folder(), "--resume=auto", "--log_dir")
+    bad(capsys, lambda: same_folder("--resume=log/gpt2-tiny/model_00002.pt"), "move them away")
+    bad(capsys, lambda: same_folder("--resume=auto", "--max_steps=7"), "max_steps=7")
+    torch.save({"arch": Attack()}, "attack.pt")
+    bad(capsys, lambda: new_folder("--resume=attack.pt"), "attack.pt")
+    assert not os.path.exists("executed")
+    with open(path, "rb") as f:
+        overwrite("cut.pt", f.read(5000))
+    overwrite("empty.pt", b"")
+    torch.save({"model": {}}, "part.pt")
+    torch.save([1, 2], "list.pt")
+    for name in "cut.pt", "empty.pt", "part.pt", "list.pt", "log":
+        bad(capsys, lambda: new_folder(f"--resume={name}"), name)
+    torch.save({**checkpoint_of(), "arch": "llama"}, "llama.pt")
+    bad(capsys, lambda: new_folder("--resume=llama.pt"), "llama", "train_llama.py")
+    bad(capsys, lambda: new_folder(f"--resume={path}", "--n_layer=3", "--n_embd=16"), "--n_layer=1", "--n_embd=32")
+    bad(capsys, lambda: new_folder(f"--resume={path}", "--optimizer=muon"), "optimizer")
+    bad(capsys, lambda: same_folder("--sample=" + "x" * 33), "33 tokens")
+    assert log_of() == log
+    assert not os.path.exists("log/new")
+    # auto takes the newest readable one
+    overwrite("log/gpt2-tiny/model_00009.pt", b"half")
+    same_folder("--resume=auto")
+    assert "model_00009.pt" in capsys.readouterr().err
+    assert log_of() == log
+    for step in 2, 4, 6, 8:
+        overwrite(f"log/gpt2-tiny/model_{step:05d}.pt", b"half")
+    bad(capsys, lambda: same_folder("--resume=auto"), "model_00009.pt")
+    assert log_of() == log
+
+
+def test_a_log_is_never_cut_by_mistake(monkeypatch, capsys):
+    def attempt(*options):
+        train("gpt2", monkeypatch, *QUICK, *options)
+
+    attempt()
+    attempt("--seed=2", "--log_dir=log/b")
+    log = log_of()
+    shutil.copy("log/gpt2-tiny/model_00008.pt", "elsewhere.pt")
+    bad(capsys, lambda: attempt("--resume=elsewhere.pt"), "another run")
+    for path in checkpoints():
+        os.remove(path)
+    bad(capsys, lambda: attempt("--resume=auto"), "no checkpoint")
+    bad(capsys, lambda: attempt(), "--resume=auto")
+    assert log_of() == log
+    # stopped before the first step, or before the first checkpoint, there is nothing to lose
+    os.makedirs("log/c")
+    overwrite("log/c/log.txt", b"0 val 5.5159\n")
+    attempt("--log_dir=log/c")
+    os.makedirs("log/d")
+    overwrite("log/d/log.txt", b"0 val 5.5159\n0 train 5.5\n1 tra")
+    attempt("--log_dir=log/d", "--resume=auto")
+    assert log_of("log/c") == log_of("log/d") == log
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(monkeypatch, capsys):
+    save = torch.save
+
+    def full(state, f):
+        save(state, f)
+        if state["step"] == 4:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    bad(capsys, lambda: train("gpt2", monkeypatch, *QUICK), "model_00004.pt", "No space left")
+    monkeypatch.setattr(torch, "save", save)
+    assert glob.glob("log/gpt2-tiny/model*") == ["log/gpt2-tiny/model_00002.pt"]
+    train("gpt2", monkeypatch, *QUICK, "--resume=auto")
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "rwkv"])
+def test_a_full_disk_leaves_no_half_export(arch, monkeypatch, capsys):
+    def export():
+        train(arch, monkeypatch, *quick(arch), "--export=exported")
+
+    train(arch, monkeypatch, *quick(arch))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))  # no file may grow beyond this
+    try:
+        bad(capsys, export, "cannot write exported")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not os.path.exists("exported")
+    export()
+
+
+def test_the_newest_checkpoints_stay(monkeypatch):
+    def files(*steps):
+        return [f"log/gpt2-tiny/model_{step:05d}.pt" for step in steps]
+
+    options = [*QUICK, "--checkpoint_interval=1", "--keep_checkpoints=2"]
+    train("gpt2", monkeypatch, *options)
+    assert checkpoints() == files(7, 8)
+    # resumed at its end, the run is evaluated and saved again
+    train("gpt2", monkeypatch, *options, "--keep_checkpoints=1", "--resume=auto")
+    assert checkpoints() == files(8)
+    assert run_of("log/gpt2-tiny")["tokens_per_second"] > 0
+    train("gpt2", monkeypatch, *options, "--keep_checkpoints=0", "--log_dir=all")
+    assert len(checkpoints("all")) == 8
+
+
+def test_rotation_takes_nothing_else(monkeypatch, capsys):
+    """A damaged newer checkpoint, which --resume passes over, does not count; files of other names stay."""
+    options = [*QUICK, "--checkpoint_interval=1", "--keep_checkpoints=1", "--log_dir=run"]
+    train("gpt2", monkeypatch, *options)
+    others = ["run/model_best_model_00001.pt", "run/model_3.pt", "run/model_00100.pt"]
+    for path in others:
+        overwrite(path, b"")
+    os.mkdir("run/model_00002.pt")
+    os.rename("run/model_00008.pt", "run/model_00005.pt")
+    train("gpt2", monkeypatch, *options, "--resume=auto")
+    assert checkpoints("run") == sorted([*others, "run/model_00002.pt", "run/model_00008.pt"])
+    assert "run/model_00100.pt is not a readable checkpoint" in capsys.readouterr().err
+    os.remove("run/log.txt")
+    bad(capsys, lambda: train("gpt2", monkeypatch, *options), "holds a run")
+
+
+def test_a_bad_update_stops_the_run_and_is_never_saved(monkeypatch, capsys):
+    options = [*QUICK, "--learning_rate=1e30", "--warmup_steps=0", "--grad_clip=1e30", "--checkpoint_interval=1"]
+    bad(capsys, lambda: train("gpt2", monkeypatch, *options), "step", "learning_rate")
+    for path in checkpoints():
+        assert all(p.isfinite().all() for p in run.read_checkpoint(path)["model"].values())
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 13 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+])
+def test_out_of_memory_says_what_to_do(error, monkeypatch, capsys):
+    def forward(*args):
+        raise error
+
+    monkeypatch.setattr(SCRIPTS["gpt2"].Model, "forward", forward)
+    bad(capsys, lambda: train("gpt2", monkeypatch, *QUICK), "--batch_size", "the result is the same")
