@@ -234,13 +234,11 @@ class ShardLoader:
     Step s trains on tokens [s * total_batch_size, (s + 1) * total_batch_size); rank and micro-step
     are offsets into them. So the data of a step depend neither on the number of processes nor on
     when the run was resumed. After its last token the sequence starts again. Rows are cut without
-    regard to documents, as for GPT-3 (its paper, appendix B): attention crosses their borders.
-    """
+    regard to documents, as for GPT-3 (its paper, appendix B): attention crosses their borders."""
 
     def __init__(self, cfg, split, world, synthetic=False):
         """split: "train" or "val". synthetic: take random tokens instead of shards, for --bench."""
         self.B, self.T = cfg.batch_size, cfg.block_size
-        self.vocab_size = cfg.vocab_size
         self.total_batch_size = cfg.total_batch_size
         self.world = world
         if synthetic:

@@ -202,7 +202,7 @@ def check(data_dir):
             start = "a document" if tokens[0] == EOT else "a remainder"
             if largest > EOT:
                 verdict = f"BAD: the token ids of GPT-2 end at {EOT}"
-            elif "_val_" in names[path] and tokens[0] != EOT:  # a train shard may continue a document
+            elif "_val_" in names[path] and tokens[0] != EOT:  # train shards may continue one
                 verdict = f"BAD: its first token is not {EOT}"
         except (OSError, ValueError) as e:
             verdict = f"BAD: {e}"
@@ -390,8 +390,9 @@ def get_tokenizer(vocab_size):
     try:
         return tiktoken.get_encoding("gpt2")
     except OSError as e:
-        print(f"no samples and no HellaSwag: GPT-2's BPE cannot be downloaded ({type(e).__name__}); "
-              "set TIKTOKEN_CACHE_DIR to a folder into which tiktoken has downloaded it before",
+        reason = type(e).__name__
+        print(f"no samples and no HellaSwag: GPT-2's BPE cannot be downloaded ({reason}); set "
+              "TIKTOKEN_CACHE_DIR to a folder into which tiktoken has downloaded it before",
               file=sys.stderr)
         return None
 

@@ -9,8 +9,8 @@ short context?
 
 There are two styles. In "completion", as in build-nanogpt's hellaswag.py, the model reads the
 context, a space and an ending, and picks the ending with the lowest summed loss (acc) or the lowest
-loss per token (acc_norm). In "lm-eval", as in EleutherAI's lm-evaluation-harness, the activity comes
-first, WikiHow's markers are removed, and acc_norm is the lowest loss per character.
+loss per token (acc_norm). In "lm-eval", as in EleutherAI's lm-evaluation-harness, the activity
+comes first, WikiHow's markers are removed, and acc_norm is the lowest loss per character.
 """
 import hashlib
 import http.client
@@ -85,7 +85,7 @@ def load_items(path, style="completion"):
                 items.append(parse_item(line, texts))
         except (ValueError, KeyError, TypeError, RecursionError):
             raise ValueError(
-                f"{path}, line {len(items) + 1}: not an item of the original file, which has the texts "
+                f"{path}, line {len(items) + 1}: not an item of the original file, which has "
                 f"{', '.join(texts)}, four endings and a label from 0 to 3") from None
         except (EOFError, lzma.LZMAError) as e:
             raise ValueError(f"{path}: damaged after line {len(items)}: {e}") from None
@@ -176,8 +176,8 @@ class HellaSwag:
 
     @staticmethod
     def batch(rows, indices, height, width):
-        """Return the tokens of these rows, int64 (height, width), and for each ending token its row in
-        the batch, the position before it, the token and its row among all: int64 (4, n)."""
+        """Return the tokens of these rows, int64 (height, width), and for each ending token its
+        row in the batch, the position before it, the token and its row among all: int64 (4, n)."""
         tokens = torch.zeros(height, width, dtype=torch.long)
         endings = []
         for r, i in enumerate(indices):
@@ -217,8 +217,8 @@ class HellaSwag:
 
 
 def load_hellaswag(cfg, world, tokenizer):
-    """Return the scorer of a run; None if the run scores no items, or if the default file can neither
-    be found nor downloaded, which is said once. Any other file must be there."""
+    """Return the scorer of a run; None if the run scores no items, or if the default file can
+    neither be found nor downloaded, which is said once. Any other file must be there."""
     def download_or_say_why():
         try:
             download()

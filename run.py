@@ -1,11 +1,7 @@
 """
 One run in its folder log_dir: log and console, checkpoints and how a run resumes from them, and the
-modes --sample and --export. The folder holds
-    log.txt             lines of `step stream value`; step counts the updates made before
-    run.json            options, parameter counts, versions, speed
-    model_<step>.pt     checkpoints: weights, optimizer, options
-    hella_<step>.npy    which HellaSwag items were right
-Nothing in log.txt depends on time: a resumed run leaves the same bytes as an uninterrupted one.
+modes --sample and --export. A line of log.txt is `step stream value`; step counts the updates made
+before. No line depends on time, so a resumed run leaves the bytes of an uninterrupted one.
 """
 import glob
 import json
@@ -34,19 +30,15 @@ PROMPT = "Hello, I'm a language model,"
 
 # ---- checkpoints ---------------------------------------------------------------------------------
 
-def save_checkpoint(folder, arch, step, model, optimizer, tokens_per_second):
-    """Write model_<step>.pt and return its path."""
+def save_checkpoint(path, arch, step, model, optimizer, tokens_per_second):
     state = {"arch": arch, "step": step, "config": asdict(model.cfg), "model": model.state_dict(),
              "optimizer": optimizer.state_dict(), "tokens_per_second": tokens_per_second}
-    path = os.path.join(folder, f"model_{step:05d}.pt")
     with replacing(path) as file:
         torch.save(state, file)
-    return path
 
 
 def read_checkpoint(path):
-    """Return what save_checkpoint wrote, on the CPU, without running code that a file may hold.
-    Raises ValueError with a one-line reason."""
+    """Return what save_checkpoint wrote, on the CPU; never run code in it. May raise ValueError."""
     kinds = {"arch": str, "step": int, "config": dict, "model": dict, "optimizer": (dict, list)}
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -72,10 +64,10 @@ def checkpoints(folder):
 
 
 def delete_old_checkpoints(folder, step, keep):
-    """Keep the newest checkpoints up to this step. Later ones were passed over as damaged when the
-    run resumed: they do not count, and stay."""
+    """Keep the newest checkpoints up to this step, or all if keep is 0. Later ones were passed over
+    as damaged when the run resumed: they do not count, and stay."""
     paths = [path for found, path in checkpoints(folder).items() if found <= step]
-    for path in paths[keep:]:
+    for path in paths[keep:] if keep else []:
         os.remove(path)
 
 
@@ -92,8 +84,8 @@ def find_checkpoint(cfg, arch):
             continue
         for e in errors:
             print(f"passed over: {e}", file=sys.stderr)
-        if (found := checkpoint["arch"]) != arch:
-            fail(f"{path} holds a {found} model, not {arch}: use train_{found}.py")
+        if (other := checkpoint["arch"]) != arch:
+            fail(f"{path} holds a {other} model, not {arch}: use train_{other}.py")
         return path, checkpoint
     if errors:
         fail(errors[0])
@@ -102,8 +94,7 @@ def find_checkpoint(cfg, arch):
 
 def load_model(path, checkpoint, Config, Model):
     """Return the model of a checkpoint in the shape in which it was trained, for evaluation."""
-    misfits = TypeError, ValueError, RuntimeError  # unknown options, bad ones, other parameters
-    with explain(f"{path} does not fit train_{checkpoint['arch']}.py", *misfits):
+    with explain(f"{path} does not fit its script", TypeError, ValueError, RuntimeError):
         model = Model(Config(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
     return model.eval()
@@ -119,11 +110,10 @@ def resume(cfg, arch, world, model, optimizer):
         if not 0 <= step <= cfg.max_steps:
             fail(f"{path} is at step {step}, beyond --max_steps={cfg.max_steps}")
         if cfg.resume != "auto" and max(checkpoints(folder), default=0) > step:
-            fail(f"{folder} has later checkpoints than {path}: move them away, or use another folder")
+            fail(f"{folder} has later checkpoints than {path}: move them away, or change --log_dir")
         has_log = os.path.exists(os.path.join(folder, "log.txt"))
         if has_log and not os.path.samefile(os.path.dirname(os.path.abspath(path)), folder):
             fail(f"{folder} holds the log of another run than {path}: use another --log_dir")
-
         # the model and the kind of optimizer must be the same, other options may change
         saved, now = checkpoint["config"], asdict(model.cfg)
         differing = [name for name in now if saved.get(name) != now[name] and name != "resume"]
@@ -133,12 +123,10 @@ def resume(cfg, arch, world, model, optimizer):
             fail(f"{path} has another shape or optimizer; to resume it use {' '.join(wanted)}")
         changes = "".join(f", {name} {saved.get(name)} -> {now[name]}" for name in differing)
         message = f"resumed {path} at step {step}{changes}"
-
         with explain(f"{path} does not fit train_{arch}.py", RuntimeError):
             model.load_state_dict(checkpoint["model"])
         groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-        misfits = AttributeError, KeyError, TypeError, ValueError
-        with explain(f"{path} holds no state of this optimizer", *misfits):
+        with explain(f"{path} holds no state of this optimizer", Exception):  # of many kinds
             optimizer.load_state_dict(checkpoint["optimizer"])
         for group, options in zip(optimizer.param_groups, groups):
             group.update(options)  # weight decay, betas and so on are those of the command line
@@ -157,7 +145,7 @@ class Run:
     GPU the numbers of an update are read while the next one runs, so that it need not wait."""
 
     def __init__(self, cfg, arch, world, model, optimizer, bench):
-        """Resume, if --resume says so. bench: the number of steps to time, or 0."""
+        """Resume, if --resume says so. bench: number of steps to time, or 0."""
         self.cfg = cfg
         self.arch = arch
         self.world = world
@@ -184,7 +172,7 @@ class Run:
             signal.signal(signum, self.on_signal)
         params = model.num_params()
         self.say(f"{arch}: {params['total']:,} parameters, {params['active']:,} active per token, "
-                 f"{self.flops_per_token / 1e6:.1f} MFLOP per token, {world.size} x {self.device_name}")
+                 f"{self.flops_per_token / 1e6:.1f} MFLOP/token, {world.size} x {self.device_name}")
 
     def open_log(self):
         """Open log.txt, without its lines from start_step on. End if results would be lost."""
@@ -208,11 +196,10 @@ class Run:
         here = shlex.quote(os.path.dirname(os.path.abspath(__file__)))
         info = {
             "arch": self.arch, "config": asdict(self.cfg), "params": self.model.num_params(),
-            "flops_per_token": self.flops_per_token, "device": self.device_name,
-            "processes": self.world.size, "torch": torch.__version__,
-            "python": sys.version.split()[0], "command": sys.argv,
+            "flops_per_token": self.flops_per_token, "tokens_per_second": self.tokens_per_second,
             "git_commit": subprocess.getoutput(f"git -C {here} rev-parse HEAD 2>/dev/null"),
-            "tokens_per_second": self.tokens_per_second}
+            "device": self.device_name, "processes": self.world.size, "command": sys.argv,
+            "torch": torch.__version__, "python": sys.version.split()[0]}
         with replacing(os.path.join(self.cfg.log_dir, "run.json")) as file:
             file.write(json.dumps(info, indent=1).encode())
 
@@ -259,7 +246,7 @@ class Run:
         self.clock += self.seconds[-1]
         if not math.isfinite(loss + norm):
             newest = next(iter(checkpoints(self.cfg.log_dir).values()), "the start")
-            fail(f"step {step}: the loss is {loss}, the gradient norm {norm}. This was not saved: go "
+            fail(f"step {step}: the loss is {loss}, the gradient norm {norm}; it was not saved. Go "
                  f"back to {newest} with a lower --learning_rate or more --warmup_steps")
         self.stopping = signalled > 0
         values = {"train": f"{loss:.6f}", "lr": f"{lr:.4e}", "norm": f"{norm:.4f}"}
@@ -290,9 +277,8 @@ class Run:
         self.log(step, "val", f"{loss:.4f}")
         self.say(f"step {step:5d} | validation loss {loss:.4f}")
 
-    def log_hella(self, step, scores):
-        """Log acc_norm as `hella`, and keep which items were right."""
-        correct = scores["acc_norm"]
+    def log_hella(self, step, correct):
+        """Log acc_norm as `hella`, and keep which items were right: bool (items,)."""
         if self.file:
             with replacing(os.path.join(self.cfg.log_dir, f"hella_{step}.npy")) as file:
                 np.save(file, correct)
@@ -316,21 +302,19 @@ class Run:
         self.flush()
         if self.file:
             if self.seconds:
-                median = float(np.median(self.seconds))
-                self.tokens_per_second = round(self.cfg.total_batch_size / median)
-            folder = self.cfg.log_dir
-            self.checkpoint = save_checkpoint(
-                folder, self.arch, step, self.model, self.optimizer, self.tokens_per_second)
+                self.tokens_per_second = round(self.cfg.total_batch_size / np.median(self.seconds))
+            self.checkpoint = os.path.join(self.cfg.log_dir, f"model_{step:05d}.pt")
+            save_checkpoint(self.checkpoint, self.arch, step, self.model, self.optimizer,
+                            self.tokens_per_second)
             self.write_info()
-            if self.cfg.keep_checkpoints:
-                delete_old_checkpoints(folder, step, self.cfg.keep_checkpoints)
+            delete_old_checkpoints(self.cfg.log_dir, step, self.cfg.keep_checkpoints)
 
     def close(self):
         """Say how the run ended and what to do next."""
         self.flush()
         if self.bench:
-            median = float(np.median(self.seconds[BENCH_WARMUP:]))
-            self.say(f"median of {self.bench} steps: {self.speed(median)}")
+            seconds = np.median(self.seconds[BENCH_WARMUP:])
+            self.say(f"median of {self.bench} steps: {self.speed(seconds)}")
         elif self.stopping:
             self.say(f"stopped; {self.checkpoint} holds everything: continue with --resume=auto")
         else:

@@ -164,6 +164,8 @@ EXCEPTIONS = [
     Difference("RMSNorm.__init__", "deepseek | gemma | llama mistral phi",
                "a default of eps in DeepSeek; the weight starts at 0 in Gemma"),
     Difference("RMSNorm.forward", "deepseek llama mistral phi | gemma", "Gemma multiplies by 1 + w"),
+    Difference("main", "deepseek gemma llama mistral phi rwkv | gpt2",
+               "GPT-2's --init_from brings a shape of its own, in a line before the loop"),
     Difference("rotate", "deepseek | gemma llama mistral | phi",
                "DeepSeek turns pairs of neighbours, Phi a part of the head"),
     Difference("to_hf", ALL_SEVEN, "each has its own class in transformers, RWKV its own format of checkpoints"),
@@ -198,7 +200,6 @@ def test_same_names_are_the_same_code():
     for arch in ARCHS:
         for name, code in definitions(source_of(f"train_{arch}.py")):
             scripts_by_code.setdefault(name, {}).setdefault(code, []).append(arch)
-    assert len(scripts_by_code["main"]) == 1
     different = {}
     for name, scripts in scripts_by_code.items():
         if len(scripts) > 1:

@@ -52,29 +52,28 @@ ARCH = "deepseek"
 @dataclass
 class Config(RunConfig):
     # model
-    block_size: int = 1024  # context length, tokens
-    vocab_size: int = 50304  # GPT-2's 50,257 tokens padded to a multiple of 128; below 50257 text is taken as bytes
-    n_layer: int = 12  # blocks
-    n_head: int = 12  # attention heads
+    block_size: int = 1024  # context length in tokens
+    vocab_size: int = 50304  # GPT-2's 50,257 tokens, padded to a multiple of 128; if smaller: bytes
+    n_layer: int = 12  # number of blocks
+    n_head: int = 12  # number of attention heads
     n_embd: int = 768  # width of the residual stream
-    q_lora_rank: int = 384  # width of the latent that queries come from
-    kv_lora_rank: int = 256  # of keys and values; 4 heads wide, as in V2 and V3
-    # nope + rope = v, since flash attention wants one width for queries, keys and values; V3 has 128 + 64 and 128
-    qk_nope_head_dim: int = 40  # dimensions of a query or key without position
-    qk_rope_head_dim: int = 24  # and with rotary position
-    v_head_dim: int = 64  # dimensions of a value
+    q_lora_rank: int = 384  # width of the latent of queries
+    kv_lora_rank: int = 256  # width of the latent of keys and values; 4 heads, as in V2 and V3
+    # flash attention wants one width for queries, keys and values, so nope + rope = v
+    qk_nope_head_dim: int = 40  # dimensions of a query or key without position; V3: 128
+    qk_rope_head_dim: int = 24  # dimensions of a query or key with rotary position; V3: 64
+    v_head_dim: int = 64  # dimensions of a value; V3: 128
     rope_theta: float = 10000.0  # base of the rotary wavelengths
-    init_std: float = 0.006  # standard deviation of all weights at the start, whatever the width
-    n_dense_layer: int = 1  # the first blocks have one MLP instead of experts
-    ffn_dim: int = 2304  # hidden width of that MLP; 9 experts wide, as in V3
+    init_std: float = 0.006  # standard deviation of all initial weights
+    n_dense_layer: int = 1  # number of first blocks with a normal MLP instead of experts
+    ffn_dim: int = 2304  # hidden width of that MLP; 9 experts, as in V3
     moe_ffn_dim: int = 256  # hidden width of an expert
-    n_routed_experts: int = 8  # experts to choose from
-    n_activated_experts: int = 2  # experts that a token uses of these
-    n_shared_experts: int = 1  # and experts that every token uses
-    # V3 has 8 groups, one a node, and ranks them by their n_activated_experts / topk_group best experts; here by two
-    n_group: int = 1  # groups of experts
-    topk_group: int = 1  # groups that a token's experts may come from
-    route_scale: float = 1.41  # of the experts' weights: about 1 / their norm at the start; V3 has 2.5 for its 8
+    n_routed_experts: int = 8  # number of experts to choose from
+    n_activated_experts: int = 2  # number of these that a token uses
+    n_shared_experts: int = 1  # number of experts that every token uses
+    n_group: int = 1  # number of groups of experts; V3: 8, one per node
+    topk_group: int = 1  # number of groups from which a token's experts may come; V3: 4
+    route_scale: float = 1.41  # factor of experts' weights, about 1 / their initial norm; V3: 2.5
     mtp: bool = True  # train with multi-token prediction
     # training
     total_batch_size: int = 524288  # tokens per step
@@ -99,30 +98,35 @@ class Config(RunConfig):
 
     def __post_init__(self):
         if self.qk_rope_head_dim % 2:
-            raise ValueError(f"--qk_rope_head_dim={self.qk_rope_head_dim} is odd: positions turn pairs")
+            raise ValueError(f"--qk_rope_head_dim={self.qk_rope_head_dim} must be even: positions "
+                             "rotate pairs")
         if self.n_embd % 8 or self.moe_ffn_dim % 8:
-            raise ValueError(f"--n_embd={self.n_embd} and --moe_ffn_dim={self.moe_ffn_dim} must be multiples of 8")
+            raise ValueError(f"--n_embd={self.n_embd} and --moe_ffn_dim={self.moe_ffn_dim} must be "
+                             "multiples of 8")
         if self.n_dense_layer >= self.n_layer:
-            raise ValueError(f"--n_dense_layer={self.n_dense_layer} leaves no expert layer of --n_layer={self.n_layer}: "
-                             "lower it")
+            raise ValueError(f"--n_dense_layer={self.n_dense_layer} must be less than "
+                             f"--n_layer={self.n_layer}, or no layer has experts")
         if self.n_routed_experts % self.n_group or self.n_routed_experts < 2 * self.n_group:
-            raise ValueError(f"--n_routed_experts={self.n_routed_experts} do not make --n_group={self.n_group} groups "
-                             "of two or more each")
+            raise ValueError(f"--n_routed_experts={self.n_routed_experts} do not make "
+                             f"--n_group={self.n_group} equal groups of at least two")
         choice = self.topk_group * self.n_routed_experts // self.n_group
         if self.topk_group > self.n_group or self.n_activated_experts > choice:
-            raise ValueError(f"--n_activated_experts={self.n_activated_experts} of {choice} experts in "
-                             f"--topk_group={self.topk_group} of {self.n_group} groups")
+            raise ValueError(f"--n_activated_experts={self.n_activated_experts} of the {choice} "
+                             f"experts in --topk_group={self.topk_group} of "
+                             f"--n_group={self.n_group} groups cannot be chosen: lower it")
         if self.mtp and self.block_size < 2:
-            raise ValueError(f"--block_size={self.block_size} has no token after the next: --mtp=false")
+            raise ValueError(f"--block_size={self.block_size} has no token after the next: use "
+                             "--mtp=false")
 
 
-TINY = dict(block_size=64, vocab_size=256, n_layer=4, n_head=4, n_embd=128, q_lora_rank=64, kv_lora_rank=64,
-            qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=32, ffn_dim=384, moe_ffn_dim=64, init_std=0.02,
-            log_dir=f"log/{ARCH}-tiny")
+TINY = dict(block_size=64, vocab_size=256, n_layer=4, n_head=4, n_embd=128, q_lora_rank=64,
+            kv_lora_rank=64, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=32, ffn_dim=384,
+            moe_ffn_dim=64, init_std=0.02, log_dir=f"log/{ARCH}-tiny")
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) in fp32, rounded to the precision of x, then times the weight (as DeepseekV3RMSNorm in transformers)."""
+    """Computes x / rms(x) in fp32, rounds it to the type of x, and multiplies it by the weight (as
+    DeepseekV3RMSNorm in transformers)."""
 
     def __init__(self, dim, eps=1e-6):
         super().__init__()
@@ -136,25 +140,30 @@ class RMSNorm(nn.Module):
 
 
 def rope_table(block_size, dim, theta):
-    """Cosine and sine of position * theta^(-2 i / dim): (2, block_size, dim / 2)."""
+    """Return cosine and sine of position * theta^(-2 i / dim): (2, block_size, dim / 2)."""
     angles = torch.outer(torch.arange(block_size), 1 / theta ** (torch.arange(0, dim, 2) / dim))
     return torch.stack([angles.cos(), angles.sin()])
 
 
 def rotate(x, rope):
-    """Turn each pair of neighbours (x_2i, x_2i+1) by its angle: x (B, T, H, D), rope (2, T, D/2)."""
-    cos, sin = rope[:, :, None]
+    """Rotate each pair of neighbours (x_2i, x_2i+1) by its angle: x (B, T, H, D),
+    rope (2, T, D/2)."""
+    cos, sin = rope[:, :, None]  # (T, 1, D/2): the same for all heads
     a, b = x.float()[..., ::2], x.float()[..., 1::2]
     return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).type_as(x)
 
 
 class Attention(nn.Module):
-    """Multi-head latent attention, equations 1 to 11. In training there is no cache that the latents keep small."""
+    """Multi-head latent attention, equations 1 to 11. The latents pay off only with a cache of keys
+    and values, which training does not have."""
 
     def __init__(self, cfg):
         super().__init__()
-        self.n_head, self.rank = cfg.n_head, cfg.kv_lora_rank
-        self.nope, self.rope, self.v = cfg.qk_nope_head_dim, cfg.qk_rope_head_dim, cfg.v_head_dim
+        self.n_head = cfg.n_head
+        self.rank = cfg.kv_lora_rank
+        self.nope = cfg.qk_nope_head_dim
+        self.rope = cfg.qk_rope_head_dim
+        self.v = cfg.v_head_dim
         self.q_a_proj = nn.Linear(cfg.n_embd, cfg.q_lora_rank, bias=False)
         self.q_a_layernorm = RMSNorm(cfg.q_lora_rank)
         self.q_b_proj = nn.Linear(cfg.q_lora_rank, cfg.n_head * (self.nope + self.rope), bias=False)
@@ -165,14 +174,18 @@ class Attention(nn.Module):
 
     def forward(self, x, rope):
         B, T, _ = x.shape
+        # (6) to (9): queries
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))).view(B, T, self.n_head, -1)
         q_nope, q_rope = q.split([self.nope, self.rope], dim=-1)  # (B, T, n_head, D)
+        q = torch.cat([q_nope, rotate(q_rope, rope)], dim=-1)
+        # (1) to (5): keys and values; one rotated key for all heads
         latent, k_rope = self.kv_a_proj_with_mqa(x).split([self.rank, self.rope], dim=-1)
         kv = self.kv_b_proj(self.kv_a_layernorm(latent)).view(B, T, self.n_head, -1)
         k_nope, v = kv.split([self.nope, self.v], dim=-1)
-        k_rope = rotate(k_rope[:, :, None], rope).expand(-1, -1, self.n_head, -1)  # one key for all heads
-        q, k = torch.cat([q_nope, rotate(q_rope, rope)], dim=-1), torch.cat([k_nope, k_rope], dim=-1)
-        q, k, v = (z.transpose(1, 2) for z in (q, k, v))  # last, so that y comes in x's memory order
+        k_rope = rotate(k_rope[:, :, None], rope).expand(-1, -1, self.n_head, -1)
+        k = torch.cat([k_nope, k_rope], dim=-1)
+        # transposed only here, so that y has the memory order of x and o_proj needs no copy
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
@@ -189,9 +202,10 @@ class MLP(nn.Module):
 
 
 def topk(x, k):
-    """Values and indices of the k largest in the last dimension; of equals the first. On CUDA torch.compile fuses a
-    short sort with what is around it, but not torch.topk."""
-    return (y[..., :k] for y in x.sort(dim=-1, descending=True, stable=True))
+    """Return values and indices of the k largest in the last dimension, of equals the first
+    ones. On CUDA torch.compile fuses a short sort with its neighbours, but not torch.topk."""
+    values, indices = x.sort(dim=-1, descending=True, stable=True)
+    return values[..., :k], indices[..., :k]
 
 
 class Gate(nn.Module):
@@ -202,39 +216,54 @@ class Gate(nn.Module):
         self.cfg = cfg
         self.weight = nn.Parameter(torch.empty(cfg.n_routed_experts, cfg.n_embd))
         self.register_buffer("e_score_correction_bias", torch.zeros(cfg.n_routed_experts))
-        self.register_buffer("load", torch.zeros(cfg.n_routed_experts), persistent=False)  # tokens since the update
+        # tokens that each expert got since the last update
+        self.register_buffer("load", torch.zeros(cfg.n_routed_experts), persistent=False)
 
     def forward(self, x):
-        """x (B, T, C) -> experts int64 (B, T, K), their weights (B, T, K), balance loss"""
+        """Return experts int64 (B, T, K), their weights (B, T, K) and the balance loss: x (B, T,
+        C)."""
         cfg = self.cfg
-        with torch.autocast(x.device.type, enabled=False):  # near-equal scores must not depend on bf16
+        # (15): affinities, in fp32 because bf16 would make close ones equal
+        with torch.autocast(x.device.type, enabled=False):
             score = F.linear(x.float(), self.weight).sigmoid()  # (B, T, n_routed_experts)
         with torch.no_grad():
+            # the bias takes part in the choice alone (16)
             choice = (score + self.e_score_correction_bias).unflatten(-1, (cfg.n_group, -1))
+            # a group is as good as its two best experts; the best groups stay
             best_two, _ = topk(choice, 2)
             _, groups = topk(best_two.sum(-1), cfg.topk_group)
             outside = torch.ones_like(choice[..., 0], dtype=torch.bool).scatter(-1, groups, False)
-            _, expert = topk(choice.masked_fill(outside[..., None], -torch.inf).flatten(-2), cfg.n_activated_experts)
+            choice = choice.masked_fill(outside[..., None], -torch.inf)
+            # the best experts in these groups
+            _, expert = topk(choice.flatten(-2), cfg.n_activated_experts)
             if self.training:
-                self.load += self.one_hot(expert).sum(1).sum(0)  # as one sum it would keep few of a GPU's cores busy
-        weight = score.gather(-1, expert)  # without the bias
+                # two sums, as a single one keeps few of a GPU's cores busy
+                self.load += self.one_hot(expert).sum(1).sum(0)
+        # (13), (14): weights, without the bias
+        weight = score.gather(-1, expert)
         weight = cfg.route_scale * weight / (weight.sum(-1, keepdim=True) + 1e-20)
         return expert, weight, self.balance_loss(score) if self.training else 0.0
 
     def one_hot(self, expert):
-        """int64 (B, T, K) -> 1.0 at the chosen experts, (B, T, n_routed_experts)"""
-        return (expert[..., None] == torch.arange(self.cfg.n_routed_experts, device=expert.device)).sum(-2).float()
+        """Return 1.0 at the chosen experts: int64 (B, T, K) -> (B, T, n_routed_experts)."""
+        every = torch.arange(self.cfg.n_routed_experts, device=expert.device)
+        return (expert[..., None] == every).sum(-2).float()
 
     def balance_loss(self, score):
-        """Equations 17 to 20, the mean over the sequences. Frequencies are of the choice without bias and groups."""
-        _, expert = topk(score.detach(), self.cfg.n_activated_experts)
-        frequency = self.one_hot(expert).mean(1) * self.cfg.n_routed_experts / self.cfg.n_activated_experts
-        probability = (score / score.sum(-1, keepdim=True)).mean(1)  # (B, n_routed_experts), as frequency
-        return self.cfg.balance_loss_alpha * (frequency * probability).sum(-1).mean()
+        """Return the loss of equations 17 to 20, the mean over the sequences. It counts the
+        experts that would be chosen without bias and groups."""
+        cfg = self.cfg
+        _, expert = topk(score.detach(), cfg.n_activated_experts)
+        # (18): f, 1.0 for an even load, (B, n_routed_experts)
+        frequency = self.one_hot(expert).mean(1) * cfg.n_routed_experts / cfg.n_activated_experts
+        # (19), (20): P, (B, n_routed_experts)
+        probability = (score / score.sum(-1, keepdim=True)).mean(1)
+        return cfg.balance_loss_alpha * (frequency * probability).sum(-1).mean()  # (17)
 
 
 class Permute(torch.autograd.Function):
-    """x[order], where inverse undoes order: so the gradient is a gather too, not a sum by atomic additions."""
+    """Returns x[order]. The permutation `inverse` undoes `order`, so that the gradient is a gather,
+    too, and not a sum with atomic additions."""
 
     @staticmethod
     def forward(ctx, x, order, inverse):
@@ -250,36 +279,44 @@ class Permute(torch.autograd.Function):
 class Experts(nn.Module):
     """The routed experts. No token is dropped, and no shape depends on the choice.
 
-    F.grouped_mm is one kernel for bf16 on sm90 (H100), and the host never waits for the device. On an A100 it becomes a
-    product per expert, for whose sizes the host does wait; the result is the same. On sm100 (B200) PyTorch has reported
-    wrong gradients for experts without tokens (its issue 172439). torch.compile takes it in bf16 alone: in fp32
-    `definition` stands in."""
+    F.grouped_mm is one kernel in bf16 on an H100 (sm90), and the host never waits for the
+    device. On an A100 it becomes a product per expert, and the host waits to know their sizes;
+    the result is the same. On a B200 (sm100) PyTorch has an open report of wrong gradients for
+    experts without tokens (its issue 172439). torch.compile supports it only in bf16; in fp32
+    `definition` replaces it."""
 
     def __init__(self, cfg):
         super().__init__()
-        self.gate_up_proj = nn.Parameter(torch.empty(cfg.n_routed_experts, 2 * cfg.moe_ffn_dim, cfg.n_embd))
-        self.down_proj = nn.Parameter(torch.empty(cfg.n_routed_experts, cfg.n_embd, cfg.moe_ffn_dim))
+        n, C, hidden = cfg.n_routed_experts, cfg.n_embd, cfg.moe_ffn_dim
+        self.gate_up_proj = nn.Parameter(torch.empty(n, 2 * hidden, C))
+        self.down_proj = nn.Parameter(torch.empty(n, C, hidden))
 
     def forward(self, x, expert, weight):
-        """x (N, C), expert int64 (N, K), weight (N, K) -> (N, C)"""
-        autocast = torch.is_autocast_enabled(x.device.type)  # it does not know grouped_mm
+        """Return the weighted sum of the experts: x (N, C), expert int64 (N, K), weight (N, K) ->
+        (N, C)."""
+        # autocast does not know grouped_mm
+        autocast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
         x, gate_up_proj, down_proj = (y.to(dtype) for y in (x, self.gate_up_proj, self.down_proj))
         if torch.compiler.is_compiling() and dtype == torch.float32:
             return self.definition(x, expert, weight)
+        # sort the N * K pairs of a token and an expert by expert; ends[e] is where expert e's end
         N, K = expert.shape
-        group, order = expert.flatten().sort(stable=True)  # the (token, expert) pairs by expert
+        group, order = expert.flatten().sort(stable=True)
         inverse = torch.empty_like(order).scatter(0, order, torch.arange(N * K, device=x.device))
-        ends = torch.searchsorted(group, torch.arange(len(down_proj), device=x.device), right=True, out_int32=True)
+        experts = torch.arange(len(down_proj), device=x.device)
+        ends = torch.searchsorted(group, experts, right=True, out_int32=True)
         rows = Permute.apply(x.repeat_interleave(K, dim=0), order, inverse)
+        # each expert's MLP on its rows
         gate, up = F.grouped_mm(rows, gate_up_proj.transpose(1, 2), offs=ends).chunk(2, dim=-1)
         rows = F.grouped_mm(F.silu(gate) * up, down_proj.transpose(1, 2), offs=ends)
+        # back to the order of the tokens
         y = Permute.apply(rows, inverse, order).view(N, K, -1)
         return (y * weight[..., None]).sum(1).to(dtype)
 
     def definition(self, x, expert, weight):
-        """The same by computing every expert for every token: equation 12."""
-        weight = weight.new_zeros(len(x), len(self.down_proj)).scatter(1, expert, weight)  # mostly 0
+        """Return the same by computing every expert for every token: equation 12."""
+        weight = weight.new_zeros(len(x), len(self.down_proj)).scatter(1, expert, weight)
         gate, up = torch.einsum("nc,ehc->neh", x, self.gate_up_proj).chunk(2, dim=-1)
         return torch.einsum("neh,ech,ne->nc", F.silu(gate) * up, self.down_proj, weight)
 
@@ -307,17 +344,20 @@ class Block(nn.Module):
         self.mlp = MLP(cfg, cfg.ffn_dim) if dense else MoE(cfg)
 
     def forward(self, x, rope):
-        """-> x (B, T, C), balance loss"""
+        """Return x (B, T, C) and the balance loss."""
         x = x + self.self_attn(self.input_layernorm(x), rope)
-        y = self.mlp(self.post_attention_layernorm(x))
-        y, balance_loss = (y, 0.0) if self.dense else y
+        y = self.post_attention_layernorm(x)
+        if self.dense:
+            return x + self.mlp(y), 0.0
+        y, balance_loss = self.mlp(y)
         return x + y, balance_loss
 
 
 class MTP(nn.Module):
-    """Multi-token prediction of depth 1, equations 21 to 23: from what the model made of the tokens up to t and the
-    embedding of t + 1, what the shared head turns into logits of t + 2. The published weights take [embedding; hidden],
-    hidden behind the final norm; the paper's equation has the other order."""
+    """Multi-token prediction of depth 1, equations 21 to 23: from the model's output at token t
+    and the embedding of token t + 1 it computes what the shared head turns into logits of token
+    t + 2. The published weights take [embedding; hidden], with hidden behind the final norm; the
+    paper's equation has the other order."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -334,139 +374,176 @@ class MTP(nn.Module):
 
 
 class Model(nn.Module):
-    """Parameters carry the names of Hugging Face's DeepSeek-V3, but for mtp, which is not part of its model."""
+    """Parameters carry the names of Hugging Face's DeepSeek-V3, which has no mtp."""
 
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
         self.model = nn.ModuleDict(dict(
             embed_tokens=nn.Embedding(cfg.vocab_size, cfg.n_embd),
-            layers=nn.ModuleList(Block(cfg, dense=i < cfg.n_dense_layer) for i in range(cfg.n_layer)),
+            layers=nn.ModuleList(Block(cfg, i < cfg.n_dense_layer) for i in range(cfg.n_layer)),
             norm=RMSNorm(cfg.n_embd)))
         self.lm_head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         self.lm_head.weight = self.model.embed_tokens.weight
         self.mtp = MTP(cfg) if cfg.mtp else None
-        self.register_buffer("rope", rope_table(cfg.block_size, cfg.qk_rope_head_dim, cfg.rope_theta), persistent=False)
-        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))  # optimizer steps made
+        rope = rope_table(cfg.block_size, cfg.qk_rope_head_dim, cfg.rope_theta)
+        self.register_buffer("rope", rope, persistent=False)
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))  # updates made
         self.register_buffer("maxvio", torch.zeros(()), persistent=False)
         for p in self.parameters():
             if p.dim() >= 2:
                 nn.init.normal_(p, std=cfg.init_std)
 
     def embed(self, idx):
+        """Return the embedding: idx int64 (B, T) -> (B, T, C)."""
         x = self.model.embed_tokens(idx)
-        if torch.is_autocast_enabled(idx.device.type):  # bf16 residual stream: half the memory traffic between products
+        if torch.is_autocast_enabled(idx.device.type):
+            # a bf16 residual stream halves the memory traffic between matrix products
             x = x.to(torch.get_autocast_dtype(idx.device.type))
         return x
 
     def decode(self, idx):
-        """idx int64 (B, T) -> (B, T, C), sum of the layers' balance losses"""
-        x, balance_loss, rope = self.embed(idx), 0.0, self.rope[:, :idx.size(1)]
+        """Return what lm_head turns into logits, and the sum of the layers' balance losses: idx
+        int64 (B, T) -> (B, T, C) and a scalar."""
+        x = self.embed(idx)
+        rope = self.rope[:, :idx.size(1)]
+        balance_loss = 0.0
         for block in self.model.layers:
             x, loss = block(x, rope)
             balance_loss = balance_loss + loss
         return self.model.norm(x), balance_loss
 
     def hidden(self, idx):
-        """idx int64 (B, T) -> (B, T, C): what lm_head turns into logits."""
-        return self.decode(idx)[0]
+        """Return what lm_head turns into logits: idx int64 (B, T) -> (B, T, C)."""
+        hidden, _ = self.decode(idx)
+        return hidden
 
     def forward(self, idx, targets=None):
-        """idx, targets int64 (B, T), targets of -1 do not count -> (logits (B, T, vocab_size), None) or (None, loss).
-        The loss has the value of the next token's cross-entropy; while training its gradient is that of all losses."""
-        hidden, more = self.decode(idx)
+        """Return (logits, None), or (None, loss) if there are targets.
+
+        idx and targets: int64 (B, T), where a target of -1 does not count. logits: float32 (B,
+        T, vocab_size). loss: the mean cross-entropy of the next token, a scalar; in training its
+        gradient also contains that of the balance loss and of multi-token prediction."""
+        hidden, extra_loss = self.decode(idx)
         if targets is None:
             return self.lm_head(hidden).float(), None
         loss = self.cross_entropy(hidden, targets)
         if not self.training:
             return None, loss
         if self.mtp is not None:
-            ahead, balance_loss = self.mtp(hidden[:, :-1], self.embed(idx[:, 1:]), self.rope[:, :idx.size(1) - 1])
-            early = self.updates < 10 / 14.8 * self.cfg.max_steps  # 10T of 14.8T tokens, section 4.2
+            rope = self.rope[:, :idx.size(1) - 1]
+            ahead, balance_loss = self.mtp(hidden[:, :-1], self.embed(idx[:, 1:]), rope)
+            # the weight falls to a third after 10T of 14.8T tokens (section 4.2)
+            early = self.updates < 10 / 14.8 * self.cfg.max_steps
             weight = torch.where(early, self.cfg.mtp_loss_weight, self.cfg.mtp_loss_weight / 3)
-            more = more + balance_loss + weight * self.cross_entropy(ahead, targets[:, 1:])
-        return None, loss + (more - more.detach())
+            mtp_loss = self.cross_entropy(ahead, targets[:, 1:])
+            extra_loss = extra_loss + balance_loss + weight * mtp_loss
+        return None, loss + (extra_loss - extra_loss.detach())
 
     def cross_entropy(self, hidden, targets):
-        return F.cross_entropy(self.lm_head(hidden).float().flatten(0, 1), targets.flatten(), ignore_index=-1)
+        logits = self.lm_head(hidden).float()
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     @torch.no_grad()
     def update_bias(self, *_):
-        """After each update: experts that got less than the mean of the whole batch gain gamma, the others lose it
-        (section 2.1.2; Wang et al. 2024, arXiv 2408.15664, algorithm 1)."""
+        """Raise the biases of experts that got fewer tokens than the mean of the step, and lower
+        the others, by gamma. This is called after each update (section 2.1.2; Wang et al. 2024,
+        arXiv 2408.15664, algorithm 1)."""
         gates = [module for module in self.modules() if isinstance(module, Gate)]
         load = torch.stack([gate.load for gate in gates])  # (layers, n_routed_experts)
         if dist.is_initialized():
             dist.all_reduce(load)
         mean = load.mean(1, keepdim=True)
-        late = self.updates >= 14.3 / 14.8 * self.cfg.max_steps  # 14.3T of 14.8T tokens, section 4.2
-        change = torch.where(late, 0.0, self.cfg.bias_update_speed) * (mean - load).sign()
-        for gate, c in zip(gates, change):
-            gate.e_score_correction_bias += c
+        # gamma is 0 after 14.3T of 14.8T tokens (section 4.2)
+        late = self.updates >= 14.3 / 14.8 * self.cfg.max_steps
+        gamma = torch.where(late, 0.0, self.cfg.bias_update_speed)
+        for gate, direction in zip(gates, (mean - load).sign()):
+            gate.e_score_correction_bias += gamma * direction
             gate.load.zero_()
         self.maxvio.copy_((load.amax(1) / mean[:, 0] - 1).max())
         self.updates += 1
 
     def extra_logs(self):
-        """maxvio: how much more than its share the busiest expert of the worst layer got in the last step."""
+        """Return maxvio: by how much of its fair share the busiest expert of the worst layer
+        exceeded it in the last step."""
         return {"maxvio": self.maxvio}
 
     def num_params(self):
-        """Without the block for multi-token prediction, as the paper counts; its own are `mtp`."""
+        """Return the numbers of parameters. As in the paper, `total` excludes the block for
+        multi-token prediction, which is `mtp`; `active` are those that a token uses."""
         mtp = sum(p.numel() for p in self.mtp.parameters()) if self.mtp is not None else 0
         total = sum(p.numel() for p in self.parameters()) - mtp
-        return {"total": total, "active": total - (self.cfg.n_layer - self.cfg.n_dense_layer) * self.idle(),
-                "non_embedding": total - self.lm_head.weight.numel(), "mtp": mtp}
+        idle = (self.cfg.n_layer - self.cfg.n_dense_layer) * self.idle_per_layer()
+        embedding = self.lm_head.weight.numel()
+        return {"total": total, "active": total - idle, "non_embedding": total - embedding,
+                "mtp": mtp}
 
-    def idle(self):
-        """Parameters of the experts in a layer that a token does not use."""
+    def idle_per_layer(self):
+        """Return the number of parameters of a layer's experts that a token does not use."""
         cfg = self.cfg
         return (cfg.n_routed_experts - cfg.n_activated_experts) * 3 * cfg.n_embd * cfg.moe_ffn_dim
 
     def flops_per_token(self):
-        """Forward and backward: 6 N + 6 (d_qk + d_v) T a layer, N all that enters a matrix product for a token: with
-        multi-token prediction its block too, and the head twice."""
-        cfg, params, layers = self.cfg, self.num_params(), self.cfg.n_layer + self.cfg.mtp
-        N = params["active"] + cfg.mtp * (params["mtp"] - self.idle() + self.lm_head.weight.numel())
+        """Return the FLOPs of forward and backward pass: 6 N, and 6 (d_qk + d_v) T per layer. N
+        counts the parameters in a token's matrix products; multi-token prediction adds those of
+        its block and uses the head a second time."""
+        cfg, params = self.cfg, self.num_params()
+        n, layers = params["active"], cfg.n_layer
+        if cfg.mtp:
+            n += params["mtp"] - self.idle_per_layer() + self.lm_head.weight.numel()
+            layers += 1
         width = cfg.n_head * (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim + cfg.v_head_dim)
-        return 6 * N + 6 * layers * width * cfg.block_size
+        return 6 * n + 6 * layers * width * cfg.block_size
 
     def configure_optimizers(self, cfg, device_type):
-        """AdamW that decays matrices and the embedding, not norms; fused into one kernel; update_bias ends its step.
-        With optimizer=muon the matrices inside the blocks go to Muon (Jordan et al. 2024), its step scaled to AdamW's
-        (arXiv 2502.16982), but neither routers nor experts: torch's Muon takes no stacks of matrices."""
-        blocks = [m.weight for m in self.modules() if isinstance(m, nn.Linear) and m is not self.lm_head]
-        others = [p for m in self.modules() if isinstance(m, (nn.Embedding, Gate, Experts)) for p in m.parameters()]
+        """Return a fused AdamW, with weight decay for matrices and the embedding but not for
+        norms; each of its steps ends with update_bias. With --optimizer=muon the matrices inside
+        the blocks go to Muon (Jordan et al. 2024), whose steps are scaled to the size of AdamW's
+        (arXiv 2502.16982), but neither routers nor experts, as torch's Muon takes no stacks of
+        matrices."""
+        blocks, others = [], []
+        for module in self.modules():
+            if isinstance(module, nn.Linear) and module is not self.lm_head:
+                blocks.append(module.weight)
+            elif isinstance(module, (nn.Embedding, Gate, Experts)):
+                others += module.parameters()
         vectors = [p for p in self.parameters() if p.dim() < 2]
         muon = cfg.optimizer == "muon"
+        decayed = others if muon else others + blocks
         adamw = torch.optim.AdamW(
-            [{"params": others if muon else others + blocks, "weight_decay": cfg.weight_decay},
+            [{"params": decayed, "weight_decay": cfg.weight_decay},
              {"params": vectors, "weight_decay": 0.0}],
-            lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), eps=1e-8, fused=device_type in ("cuda", "cpu"))
+            lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), eps=1e-8,
+            fused=device_type in ("cuda", "cpu"))
         adamw.register_step_post_hook(self.update_bias)
         if not muon:
             return adamw
-        return Optimizers([adamw, torch.optim.Muon(blocks, lr=cfg.learning_rate, weight_decay=cfg.weight_decay,
-                                                   adjust_lr_fn="match_rms_adamw")])
+        return Optimizers([adamw, torch.optim.Muon(
+            blocks, lr=cfg.learning_rate, weight_decay=cfg.weight_decay,
+            adjust_lr_fn="match_rms_adamw")])
 
 
 def to_hf(model):
-    """The same weights as a transformers DeepseekV3ForCausalLM, which has no multi-token prediction."""
+    """Return the same weights as a transformers DeepseekV3ForCausalLM, which has no mtp."""
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
     cfg = model.cfg
     eot = 50256 if cfg.vocab_size > 50256 else 0
     hf = DeepseekV3ForCausalLM(DeepseekV3Config(
         vocab_size=cfg.vocab_size, max_position_embeddings=cfg.block_size, hidden_size=cfg.n_embd,
-        intermediate_size=cfg.ffn_dim, moe_intermediate_size=cfg.moe_ffn_dim, num_hidden_layers=cfg.n_layer,
-        num_attention_heads=cfg.n_head, num_key_value_heads=cfg.n_head, n_shared_experts=cfg.n_shared_experts,
-        n_routed_experts=cfg.n_routed_experts, num_experts_per_tok=cfg.n_activated_experts, n_group=cfg.n_group,
-        topk_group=cfg.topk_group, routed_scaling_factor=cfg.route_scale, norm_topk_prob=True,
-        first_k_dense_replace=cfg.n_dense_layer, q_lora_rank=cfg.q_lora_rank, kv_lora_rank=cfg.kv_lora_rank,
-        qk_nope_head_dim=cfg.qk_nope_head_dim, qk_rope_head_dim=cfg.qk_rope_head_dim, v_head_dim=cfg.v_head_dim,
-        rms_norm_eps=1e-6, initializer_range=cfg.init_std, tie_word_embeddings=True, rope_interleave=True,
+        intermediate_size=cfg.ffn_dim, moe_intermediate_size=cfg.moe_ffn_dim,
+        num_hidden_layers=cfg.n_layer, num_attention_heads=cfg.n_head,
+        num_key_value_heads=cfg.n_head, n_shared_experts=cfg.n_shared_experts,
+        n_routed_experts=cfg.n_routed_experts, num_experts_per_tok=cfg.n_activated_experts,
+        n_group=cfg.n_group, topk_group=cfg.topk_group, routed_scaling_factor=cfg.route_scale,
+        norm_topk_prob=True, first_k_dense_replace=cfg.n_dense_layer, q_lora_rank=cfg.q_lora_rank,
+        kv_lora_rank=cfg.kv_lora_rank, qk_nope_head_dim=cfg.qk_nope_head_dim,
+        qk_rope_head_dim=cfg.qk_rope_head_dim, v_head_dim=cfg.v_head_dim, rms_norm_eps=1e-6,
+        initializer_range=cfg.init_std, tie_word_embeddings=True, rope_interleave=True,
         rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_theta}, num_mtp_layers=0,
         bos_token_id=eot, eos_token_id=eot, pad_token_id=None))
-    hf.load_state_dict({name: x for name, x in model.state_dict().items() if not name.startswith(("mtp.", "updates"))})
+    ours_alone = "mtp.", "updates"
+    hf.load_state_dict({name: tensor for name, tensor in model.state_dict().items()
+                        if not name.startswith(ours_alone)})
     return hf
 
 
@@ -513,7 +590,7 @@ def main():
                     val_loss += loss * rows / val_loader.val_rows
             run.log_val(step, world.sum(val_loss).item())
             if hellaswag:
-                run.log_hella(step, hellaswag.score(model))
+                run.log_hella(step, hellaswag.score(model)["acc_norm"])
             model.train()
 
         # sample

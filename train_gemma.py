@@ -47,19 +47,19 @@ ARCH = "gemma"
 @dataclass
 class Config(RunConfig):
     # model
-    block_size: int = 1024  # context length, tokens
-    vocab_size: int = 50304  # GPT-2's 50,257 tokens padded to a multiple of 128; below 50257 text is taken as bytes
-    n_layer: int = 12  # blocks
-    n_head: int = 12  # query heads
-    n_kv_head: int = 3  # key-value heads, each serves n_head / n_kv_head query heads
+    block_size: int = 1024  # context length in tokens
+    vocab_size: int = 50304  # GPT-2's 50,257 tokens, padded to a multiple of 128; if smaller: bytes
+    n_layer: int = 12  # number of blocks
+    n_head: int = 12  # number of query heads
+    n_kv_head: int = 3  # number of key-value heads, each shared by n_head / n_kv_head query heads
     head_dim: int = 64  # width of a head
     n_embd: int = 768  # width of the residual stream
     ffn_dim: int = 2432  # hidden width of the MLP
-    rope_theta: float = 1e6  # base of the rotary wavelengths, global layers
-    rope_theta_local: float = 1e4  # local layers
-    norm_eps: float = 1e-6  # of RMSNorm
-    window: int = 256  # positions that a local layer sees, its own included
-    window_pattern: int = 6  # every so many layers one is global, the others local
+    rope_theta: float = 1e6  # base of the rotary wavelengths in global layers
+    rope_theta_local: float = 1e4  # base of the rotary wavelengths in local layers
+    norm_eps: float = 1e-6  # epsilon of RMSNorm
+    window: int = 256  # positions that a position sees in local layers, itself included
+    window_pattern: int = 6  # every Nth layer is global, the others are local
     # training
     total_batch_size: int = 524288  # tokens per step
     batch_size: int = 64  # sequences per device and micro-step; lower it if memory runs out
@@ -79,20 +79,23 @@ class Config(RunConfig):
         if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(f"--head_dim={self.head_dim} is not even")
         if self.n_kv_head < 1 or self.n_head % self.n_kv_head:
-            raise ValueError(f"--n_head={self.n_head} is not a multiple of --n_kv_head={self.n_kv_head}")
+            raise ValueError(f"--n_head={self.n_head} is not a multiple of "
+                             f"--n_kv_head={self.n_kv_head}")
         if self.window < 1 or self.window_pattern < 1:
-            raise ValueError(f"--window={self.window} --window_pattern={self.window_pattern}: both at least 1")
+            raise ValueError(f"--window={self.window} and --window_pattern={self.window_pattern} "
+                             "must be at least 1")
 
     def is_local(self, layer):
         return (layer + 1) % self.window_pattern != 0
 
 
-TINY = dict(block_size=64, vocab_size=256, n_layer=4, n_head=4, n_kv_head=2, head_dim=32, n_embd=128, ffn_dim=384,
-            window=16, window_pattern=2, log_dir=f"log/{ARCH}-tiny")
+TINY = dict(block_size=64, vocab_size=256, n_layer=4, n_head=4, n_kv_head=2, head_dim=32,
+            n_embd=128, ffn_dim=384, window=16, window_pattern=2, log_dir=f"log/{ARCH}-tiny")
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * (1 + w), all in fp32, then rounded to the precision of x (google/gemma_pytorch)."""
+    """Computes x / rms(x) * (1 + w) in fp32 and rounds it to the type of x (as in
+    google/gemma_pytorch)."""
 
     def __init__(self, dim, eps):
         super().__init__()
@@ -106,52 +109,65 @@ class RMSNorm(nn.Module):
 
 
 def rope_table(block_size, dim, theta):
-    """Cosine and sine of position * theta^(-2 i / dim): (2, block_size, dim / 2)."""
+    """Return cosine and sine of position * theta^(-2 i / dim): (2, block_size, dim / 2)."""
     angles = torch.outer(torch.arange(block_size), 1 / theta ** (torch.arange(0, dim, 2) / dim))
     return torch.stack([angles.cos(), angles.sin()])
 
 
 def rotate(x, rope):
-    """Turn each pair (x_i, x_{i + D/2}) by its angle: x (B, T, H, D), rope (2, T, D/2)."""
-    cos, sin = rope[:, :, None]
+    """Rotate each pair (x_i, x_{i + D/2}) by its angle: x (B, T, H, D), rope (2, T, D/2)."""
+    cos, sin = rope[:, :, None]  # (T, 1, D/2): the same for all heads
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).type_as(x)
 
 
 def window_block_mask(T, window, device):
-    """For flex_attention: which blocks of 128 x 128 scores the window touches, and the rule inside them."""
-    return create_block_mask(lambda b, h, i, j: (j <= i) & (i - j < window), None, None, T, T, device=device)
+    """Return flex_attention's mask: which blocks of 128 x 128 scores the window touches, and which
+    scores inside them count."""
+    def in_window(b, h, i, j):
+        return (j <= i) & (i - j < window)
+
+    return create_block_mask(in_window, None, None, T, T, device=device)
 
 
 def sliding_window_attention(q, k, v, window, block_mask=None):
-    """Position i attends to i - window + 1 ... i, as in Google's and Hugging Face's code: q (B, H, T, D), k and v
-    (B, H_kv, T, D) -> (B, H, T, D).
-    With a block_mask by flex_attention, which skips what lies outside the window, but needs a compiled model and, for
-    gradients, CUDA. Else in blocks of `window` queries, each against its own keys and those of the block before:
-    2 window scores a query instead of T, on every device."""
+    """Return causal attention in which position i sees positions i - window + 1 to i:
+    q (B, H, T, D), k and v (B, H_kv, T, D) -> (B, H, T, D). Mistral's cache.py, Google's
+    gemma_pytorch and transformers do the same; the text of Mistral's paper has one position more.
+
+    With a block_mask it uses flex_attention, which skips what lies outside the window, but needs a
+    compiled model and, for gradients, CUDA. Otherwise it works on blocks of `window` queries, each
+    against its own keys and those of the block before: 2 window scores per query instead of T."""
     B, _, T, _ = q.shape
     if block_mask is not None:
         return flex_attention(q, k, v, block_mask=block_mask, enable_gqa=True)
-    first = F.scaled_dot_product_attention(  # nothing before it
+    # the first block of queries has no block of keys before it
+    first = F.scaled_dot_product_attention(
         q[:, :, :window], k[:, :, :window], v[:, :, :window], is_causal=True, enable_gqa=True)
     if T <= window:
         return first
-    n = -(-T // window) - 1  # blocks after the first
+    n = math.ceil(T / window) - 1  # blocks after the first
 
-    def blocks(x, start, size):  # (B, H, T, D) -> (B * n, H, size, D): from `start` on, every `window` positions
+    def blocks(x, start, size):
+        """Cut x from `start` on, every `window` positions: (B, H, T, D) -> (B * n, H, size, D)."""
         x = F.pad(x[:, :, start:], (0, 0, 0, (n + 1) * window - T))
         return x.unfold(2, size, window).permute(0, 2, 1, 4, 3).flatten(0, 1)
 
-    band = torch.ones(window, 2 * window, dtype=torch.bool, device=q.device).triu(1).tril(window)
+    # query i of a block sees keys i + 1 to i + window of the 2 window keys
+    band = torch.ones(window, 2 * window, dtype=torch.bool, device=q.device)
+    band = band.triu(1).tril(window)
     y = F.scaled_dot_product_attention(
-        blocks(q, window, window), blocks(k, 0, 2 * window), blocks(v, 0, 2 * window), attn_mask=band, enable_gqa=True)
-    return torch.cat([first, y.unflatten(0, (B, n)).transpose(1, 2).flatten(2, 3)], dim=2)[:, :, :T]
+        blocks(q, window, window), blocks(k, 0, 2 * window), blocks(v, 0, 2 * window),
+        attn_mask=band, enable_gqa=True)
+    y = y.unflatten(0, (B, n)).transpose(1, 2).flatten(2, 3)
+    return torch.cat([first, y], dim=2)[:, :, :T]
 
 
 class Attention(nn.Module):
     def __init__(self, cfg, local):
         super().__init__()
-        self.head_dim, self.window = cfg.head_dim, cfg.window if local else None
+        self.head_dim = cfg.head_dim
+        self.window = cfg.window if local else None
         self.q_proj = nn.Linear(cfg.n_embd, cfg.n_head * cfg.head_dim, bias=False)
         self.k_proj = nn.Linear(cfg.n_embd, cfg.n_kv_head * cfg.head_dim, bias=False)
         self.v_proj = nn.Linear(cfg.n_embd, cfg.n_kv_head * cfg.head_dim, bias=False)
@@ -161,10 +177,12 @@ class Attention(nn.Module):
 
     def forward(self, x, rope, block_mask):
         B, T, _ = x.shape
-        q, k, v = (proj(x).view(B, T, -1, self.head_dim)  # (B, T, n_head or n_kv_head, head_dim)
-                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q = self.q_proj(x).view(B, T, -1, self.head_dim)  # (B, T, n_head, head_dim)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, n_kv_head, head_dim)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim)
         q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)
-        q, k, v = (z.transpose(1, 2) for z in (q, k, v))  # last, so that y comes in x's memory order
+        # transposed only here, so that y has the memory order of x and o_proj needs no copy
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if self.window:
             y = sliding_window_attention(q, k, v, self.window, block_mask)
         else:
@@ -195,8 +213,10 @@ class Block(nn.Module):
         self.post_feedforward_layernorm = RMSNorm(cfg.n_embd, cfg.norm_eps)
 
     def forward(self, x, rope, block_mask):
-        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), rope, block_mask))
-        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        y = self.self_attn(self.input_layernorm(x), rope, block_mask)
+        x = x + self.post_attention_layernorm(y)
+        y = self.mlp(self.pre_feedforward_layernorm(x))
+        return x + self.post_feedforward_layernorm(y)
 
 
 class Model(nn.Module):
@@ -212,31 +232,41 @@ class Model(nn.Module):
         self.lm_head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         self.lm_head.weight = self.model.embed_tokens.weight
         for name, theta in ("rope_local", cfg.rope_theta_local), ("rope_global", cfg.rope_theta):
-            self.register_buffer(name, rope_table(cfg.block_size, cfg.head_dim, theta), persistent=False)
-        self.block_mask = None  # for local layers and rows of block_size, once compiled on CUDA
+            rope = rope_table(cfg.block_size, cfg.head_dim, theta)
+            self.register_buffer(name, rope, persistent=False)
+        self.block_mask = None  # of local layers in rows of block_size; compile() makes it on CUDA
+        # as transformers, since the report gives no initialisation; residual projections need no
+        # smaller one, as a norm follows them
         for p in self.parameters():
-            if p.dim() == 2:  # the report gives no initialisation: as transformers; residual projections too, whose
-                nn.init.normal_(p, std=0.02)  # scale the norm behind them takes away
+            if p.dim() == 2:
+                nn.init.normal_(p, std=0.02)
 
     def compile(self, **options):
-        """nn.Module.compile; on CUDA the rows of a training step go to flex_attention from now on."""
-        if self.lm_head.weight.is_cuda:
-            self.block_mask = window_block_mask(self.cfg.block_size, self.cfg.window, self.lm_head.weight.device)
+        """Compile as nn.Module does; on CUDA, flex_attention then gets the rows of block_size."""
+        device = self.lm_head.weight.device
+        if device.type == "cuda":
+            self.block_mask = window_block_mask(self.cfg.block_size, self.cfg.window, device)
         super().compile(**options)
 
     def hidden(self, idx):
-        """idx int64 (B, T) -> (B, T, C): what lm_head turns into logits."""
+        """Return what lm_head turns into logits: idx int64 (B, T) -> (B, T, C)."""
         x = self.model.embed_tokens(idx) * math.sqrt(self.cfg.n_embd)
-        if torch.is_autocast_enabled(idx.device.type):  # bf16 residual stream: half the memory traffic between products
+        if torch.is_autocast_enabled(idx.device.type):
+            # a bf16 residual stream halves the memory traffic between matrix products
             x = x.to(torch.get_autocast_dtype(idx.device.type))
         T = idx.size(1)
-        block_mask = self.block_mask if T == self.cfg.block_size and torch.compiler.is_compiling() else None
+        whole_row = T == self.cfg.block_size
+        block_mask = self.block_mask if whole_row and torch.compiler.is_compiling() else None
         for block in self.model.layers:
-            x = block(x, (self.rope_local if block.local else self.rope_global)[:, :T], block_mask)
+            rope = self.rope_local if block.local else self.rope_global
+            x = block(x, rope[:, :T], block_mask)
         return self.model.norm(x)
 
     def forward(self, idx, targets=None):
-        """idx, targets int64 (B, T), targets of -1 do not count -> (logits (B, T, vocab_size), None) or (None, loss)"""
+        """Return (logits, None), or (None, loss) if there are targets.
+
+        idx and targets: int64 (B, T), where a target of -1 does not count. logits: float32
+        (B, T, vocab_size). loss: the mean cross-entropy of the next token, a scalar."""
         logits = self.lm_head(self.hidden(idx)).float()
         if targets is None:
             return logits, None
@@ -244,45 +274,54 @@ class Model(nn.Module):
 
     def num_params(self):
         total = sum(p.numel() for p in self.parameters())
-        return {"total": total, "active": total, "non_embedding": total - self.lm_head.weight.numel()}
+        embedding = self.lm_head.weight.numel()
+        return {"total": total, "active": total, "non_embedding": total - embedding}
 
     def flops_per_token(self):
-        """Forward and backward: 6 N + 12 d W a layer, N all that enters a matrix product, d the width of all heads,
-        W what the layer sees."""
+        """Return the FLOPs of forward and backward pass: 6 N, and 12 d W per layer (PaLM paper,
+        appendix B). N counts the parameters in matrix products, with the output head; d is the
+        width of all heads, W how many positions the layer sees."""
         cfg = self.cfg
-        seen = sum(min(cfg.window, cfg.block_size) if cfg.is_local(i) else cfg.block_size for i in range(cfg.n_layer))
+        window = min(cfg.window, cfg.block_size)
+        seen = sum(window if cfg.is_local(i) else cfg.block_size for i in range(cfg.n_layer))
         return 6 * self.num_params()["total"] + 12 * cfg.n_head * cfg.head_dim * seen
 
     def configure_optimizers(self, cfg, device_type):
-        """AdamW that decays matrices and the embedding, not norms; fused into one kernel. With optimizer=muon the
-        matrices inside the blocks go to Muon (Jordan et al. 2024), its step scaled to AdamW's (arXiv 2502.16982)."""
+        """Return a fused AdamW, with weight decay for matrices and the embedding but not for norms.
+        With --optimizer=muon the matrices inside the blocks go to Muon (Jordan et al. 2024), whose
+        steps are scaled to the size of AdamW's (arXiv 2502.16982)."""
         blocks = [p for p in self.model.layers.parameters() if p.dim() == 2]
         embeddings = [self.model.embed_tokens.weight]
         vectors = [p for p in self.parameters() if p.dim() < 2]
         muon = cfg.optimizer == "muon"
+        decayed = embeddings if muon else embeddings + blocks
         adamw = torch.optim.AdamW(
-            [{"params": embeddings if muon else embeddings + blocks, "weight_decay": cfg.weight_decay},
+            [{"params": decayed, "weight_decay": cfg.weight_decay},
              {"params": vectors, "weight_decay": 0.0}],
-            lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), eps=1e-8, fused=device_type in ("cuda", "cpu"))
+            lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), eps=1e-8,
+            fused=device_type in ("cuda", "cpu"))
         if not muon:
             return adamw
-        return Optimizers([adamw, torch.optim.Muon(blocks, lr=cfg.learning_rate, weight_decay=cfg.weight_decay,
-                                                   adjust_lr_fn="match_rms_adamw")])
+        return Optimizers([adamw, torch.optim.Muon(
+            blocks, lr=cfg.learning_rate, weight_decay=cfg.weight_decay,
+            adjust_lr_fn="match_rms_adamw")])
 
 
 def to_hf(model):
-    """The same weights as a transformers Gemma3ForCausalLM."""
+    """Return the same weights as a transformers Gemma3ForCausalLM."""
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
     cfg = model.cfg
     eot = 50256 if cfg.vocab_size > 50256 else 0
     hf = Gemma3ForCausalLM(Gemma3TextConfig(
         vocab_size=cfg.vocab_size, max_position_embeddings=cfg.block_size, hidden_size=cfg.n_embd,
-        intermediate_size=cfg.ffn_dim, num_hidden_layers=cfg.n_layer, num_attention_heads=cfg.n_head,
-        num_key_value_heads=cfg.n_kv_head, head_dim=cfg.head_dim, query_pre_attn_scalar=cfg.head_dim,
+        intermediate_size=cfg.ffn_dim, num_hidden_layers=cfg.n_layer,
+        num_attention_heads=cfg.n_head, num_key_value_heads=cfg.n_kv_head,
+        head_dim=cfg.head_dim, query_pre_attn_scalar=cfg.head_dim,
         sliding_window=cfg.window, sliding_window_pattern=cfg.window_pattern,
         rms_norm_eps=cfg.norm_eps, tie_word_embeddings=True,
-        rope_parameters={"sliding_attention": {"rope_type": "default", "rope_theta": cfg.rope_theta_local},
-                         "full_attention": {"rope_type": "default", "rope_theta": cfg.rope_theta}},
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": cfg.rope_theta_local},
+            "full_attention": {"rope_type": "default", "rope_theta": cfg.rope_theta}},
         bos_token_id=eot, eos_token_id=eot, pad_token_id=None))
     hf.load_state_dict(model.state_dict())
     return hf
@@ -331,7 +370,7 @@ def main():
                     val_loss += loss * rows / val_loader.val_rows
             run.log_val(step, world.sum(val_loss).item())
             if hellaswag:
-                run.log_hella(step, hellaswag.score(model))
+                run.log_hella(step, hellaswag.score(model)["acc_norm"])
             model.train()
 
         # sample

@@ -46,10 +46,10 @@ ARCH = "gpt2"
 @dataclass
 class Config(RunConfig):
     # model
-    block_size: int = 1024  # context length, tokens
-    vocab_size: int = 50304  # GPT-2's 50,257 tokens padded to a multiple of 128; below 50257 text is taken as bytes
-    n_layer: int = 12  # blocks
-    n_head: int = 12  # attention heads
+    block_size: int = 1024  # context length in tokens
+    vocab_size: int = 50304  # GPT-2's 50,257 tokens, padded to a multiple of 128; if smaller: bytes
+    n_layer: int = 12  # number of blocks
+    n_head: int = 12  # number of attention heads
     n_embd: int = 768  # width of the residual stream
     # training
     total_batch_size: int = 524288  # tokens per step
@@ -73,7 +73,8 @@ class Config(RunConfig):
             raise ValueError(f"--n_embd={self.n_embd} is not a multiple of --n_head={self.n_head}")
 
 
-TINY = dict(block_size=64, vocab_size=256, n_layer=4, n_head=4, n_embd=128, log_dir=f"log/{ARCH}-tiny")
+TINY = dict(block_size=64, vocab_size=256, n_layer=4, n_head=4, n_embd=128,
+            log_dir=f"log/{ARCH}-tiny")
 
 
 class CausalSelfAttention(nn.Module):
@@ -85,9 +86,11 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x):
         B, T, C = x.shape
-        q, k, v = (z.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, C/H)
-                   for z in self.c_attn(x).split(C, dim=2))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # flash attention, scale 1/sqrt(C/H)
+        q, k, v = self.c_attn(x).split(C, dim=2)
+        q = q.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, H, T, C/H)
+        k = k.view(B, T, self.n_head, -1).transpose(1, 2)
+        v = v.view(B, T, self.n_head, -1).transpose(1, 2)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # scaled by 1/sqrt(C/H)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -129,8 +132,9 @@ class Model(nn.Module):
         self.lm_head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight
         for name, p in self.named_parameters():
-            if p.dim() == 2:  # positions too (OpenAI's code has 0.01 there, Hugging Face's 0.02); norms keep (1, 0)
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * cfg.n_layer) if name.endswith("c_proj.weight") else 0.02)
+            if p.dim() == 2:  # for positions OpenAI's code has 0.01, Hugging Face's 0.02
+                residual = name.endswith("c_proj.weight")
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * cfg.n_layer) if residual else 0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
         if cfg.init_from:
@@ -138,17 +142,21 @@ class Model(nn.Module):
             self.load_state_dict(transpose_conv1d(hf.state_dict()))
 
     def hidden(self, idx):
-        """idx int64 (B, T) -> (B, T, C): what lm_head turns into logits."""
+        """Return what lm_head turns into logits: idx int64 (B, T) -> (B, T, C)."""
         tr = self.transformer
         x = tr.wte(idx) + tr.wpe.weight[:idx.size(1)]
-        if torch.is_autocast_enabled(idx.device.type):  # bf16 residual stream: half the memory traffic between products
+        if torch.is_autocast_enabled(idx.device.type):
+            # a bf16 residual stream halves the memory traffic between matrix products
             x = x.to(torch.get_autocast_dtype(idx.device.type))
         for block in tr.h:
             x = block(x)
         return tr.ln_f(x)
 
     def forward(self, idx, targets=None):
-        """idx, targets int64 (B, T), targets of -1 do not count -> (logits (B, T, vocab_size), None) or (None, loss)"""
+        """Return (logits, None), or (None, loss) if there are targets.
+
+        idx and targets: int64 (B, T), where a target of -1 does not count. logits: float32
+        (B, T, vocab_size). loss: the mean cross-entropy of the next token, a scalar."""
         logits = self.lm_head(self.hidden(idx)).float()
         if targets is None:
             return logits, None
@@ -160,30 +168,35 @@ class Model(nn.Module):
         return {"total": total, "active": total, "non_embedding": total - embedding}
 
     def flops_per_token(self):
-        """Forward and backward: 6 N + 12 L d T, N all parameters but the positions."""
+        """Return the FLOPs of forward and backward pass: 6 N + 12 L d T (PaLM paper, appendix B). N
+        counts all parameters but the positions."""
         cfg = self.cfg
         n = self.num_params()["total"] - self.transformer.wpe.weight.numel()
         return 6 * n + 12 * cfg.n_layer * cfg.n_embd * cfg.block_size
 
     def configure_optimizers(self, cfg, device_type):
-        """AdamW that decays matrices and embeddings, not biases and norms; fused into one kernel. With optimizer=muon
-        the matrices inside the blocks go to Muon (Jordan et al. 2024), its step scaled to AdamW's (arXiv 2502.16982)."""
+        """Return a fused AdamW, with weight decay for matrices and embeddings but not for biases
+        and norms. With --optimizer=muon the matrices inside the blocks go to Muon (Jordan et al.
+        2024), whose steps are scaled to the size of AdamW's (arXiv 2502.16982)."""
         blocks = [p for p in self.transformer.h.parameters() if p.dim() == 2]
         embeddings = [self.transformer.wte.weight, self.transformer.wpe.weight]
         vectors = [p for p in self.parameters() if p.dim() < 2]
         muon = cfg.optimizer == "muon"
+        decayed = embeddings if muon else embeddings + blocks
         adamw = torch.optim.AdamW(
-            [{"params": embeddings if muon else embeddings + blocks, "weight_decay": cfg.weight_decay},
+            [{"params": decayed, "weight_decay": cfg.weight_decay},
              {"params": vectors, "weight_decay": 0.0}],
-            lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), eps=1e-8, fused=device_type in ("cuda", "cpu"))
+            lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), eps=1e-8,
+            fused=device_type in ("cuda", "cpu"))
         if not muon:
             return adamw
-        return Optimizers([adamw, torch.optim.Muon(blocks, lr=cfg.learning_rate, weight_decay=cfg.weight_decay,
-                                                   adjust_lr_fn="match_rms_adamw")])
+        return Optimizers([adamw, torch.optim.Muon(
+            blocks, lr=cfg.learning_rate, weight_decay=cfg.weight_decay,
+            adjust_lr_fn="match_rms_adamw")])
 
 
 def with_published_shape(cfg):
-    """Return cfg with the shape of the model that --init_from names, whose vocabulary is not padded."""
+    """Return cfg with the shape of the model that --init_from names, without padded vocabulary."""
     if not cfg.init_from:
         return cfg
     hf = published("GPT2Config", cfg.init_from)
@@ -192,7 +205,7 @@ def with_published_shape(cfg):
 
 
 def published(kind, name):
-    """The GPT2Config or GPT2LMHeadModel of a Hugging Face name or folder."""
+    """Return the GPT2Config or GPT2LMHeadModel of a Hugging Face name or folder."""
     try:
         import transformers
         return getattr(transformers, kind).from_pretrained(name)
@@ -201,19 +214,21 @@ def published(kind, name):
 
 
 def transpose_conv1d(state_dict):
-    """Between Hugging Face and here: its Conv1D stores (in, out), nn.Linear (out, in)."""
+    """Convert weights from Hugging Face's form to ours or back: its Conv1D stores a matrix as
+    (in, out), nn.Linear as (out, in)."""
     names = "attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"
     return {k: v.t() if k.endswith(names) else v for k, v in state_dict.items()}
 
 
 def to_hf(model):
-    """The same weights as a transformers GPT2LMHeadModel."""
+    """Return the same weights as a transformers GPT2LMHeadModel."""
     from transformers import GPT2Config, GPT2LMHeadModel
     cfg = model.cfg
     eot = 50256 if cfg.vocab_size > 50256 else 0
     hf = GPT2LMHeadModel(GPT2Config(
-        vocab_size=cfg.vocab_size, n_positions=cfg.block_size, n_embd=cfg.n_embd, n_layer=cfg.n_layer,
-        n_head=cfg.n_head, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=eot, eos_token_id=eot))
+        vocab_size=cfg.vocab_size, n_positions=cfg.block_size, n_embd=cfg.n_embd,
+        n_layer=cfg.n_layer, n_head=cfg.n_head, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        bos_token_id=eot, eos_token_id=eot))
     hf.load_state_dict(transpose_conv1d(model.state_dict()))
     return hf
 
@@ -221,7 +236,7 @@ def to_hf(model):
 @one_line_errors()
 def main():
     cfg, mode = parse_args(Config, TINY)
-    cfg = with_published_shape(cfg)
+    cfg = with_published_shape(cfg)  # changes nothing without --init_from
     # ==== training loop: identical in every train_*.py ====
     if mode.sample is not None or mode.export is not None:
         return use_checkpoint(cfg, mode, ARCH, Config, Model, to_hf)
@@ -262,7 +277,7 @@ def main():
                     val_loss += loss * rows / val_loader.val_rows
             run.log_val(step, world.sum(val_loss).item())
             if hellaswag:
-                run.log_hella(step, hellaswag.score(model))
+                run.log_hella(step, hellaswag.score(model)["acc_norm"])
             model.train()
 
         # sample

@@ -44,16 +44,16 @@ ARCH = "mistral"
 @dataclass
 class Config(RunConfig):
     # model
-    block_size: int = 1024  # context length, tokens
-    vocab_size: int = 50304  # GPT-2's 50,257 tokens padded to a multiple of 128; below 50257 text is taken as bytes
-    n_layer: int = 12  # blocks
-    n_head: int = 12  # query heads
-    n_kv_head: int = 3  # key-value heads, each serves n_head / n_kv_head query heads; 4:1 as in the 7B model
+    block_size: int = 1024  # context length in tokens
+    vocab_size: int = 50304  # GPT-2's 50,257 tokens, padded to a multiple of 128; if smaller: bytes
+    n_layer: int = 12  # number of blocks
+    n_head: int = 12  # number of query heads
+    n_kv_head: int = 3  # number of key-value heads; 4 query heads share one, as in the 7B model
     n_embd: int = 768  # width of the residual stream
     ffn_dim: int = 2432  # hidden width of the MLP
     rope_theta: float = 10000.0  # base of the rotary wavelengths
-    norm_eps: float = 1e-5  # of RMSNorm
-    window: int = 256  # positions that a layer sees, its own included
+    norm_eps: float = 1e-5  # epsilon of RMSNorm
+    window: int = 256  # number of positions that a position sees, itself included
     # training
     total_batch_size: int = 524288  # tokens per step
     batch_size: int = 64  # sequences per device and micro-step; lower it if memory runs out
@@ -71,9 +71,11 @@ class Config(RunConfig):
 
     def __post_init__(self):
         if self.n_head < 1 or self.n_embd % (2 * self.n_head):
-            raise ValueError(f"--n_embd={self.n_embd} is not an even multiple of --n_head={self.n_head}")
+            raise ValueError(f"--n_embd={self.n_embd} is not an even multiple of "
+                             f"--n_head={self.n_head}")
         if self.n_kv_head < 1 or self.n_head % self.n_kv_head:
-            raise ValueError(f"--n_head={self.n_head} is not a multiple of --n_kv_head={self.n_kv_head}")
+            raise ValueError(f"--n_head={self.n_head} is not a multiple of "
+                             f"--n_kv_head={self.n_kv_head}")
         if self.window < 1:
             raise ValueError(f"--window={self.window}: a position sees at least itself")
 
@@ -82,12 +84,13 @@ class Config(RunConfig):
         return self.n_embd // self.n_head
 
 
-TINY = dict(block_size=64, vocab_size=256, n_layer=4, n_head=4, n_kv_head=2, n_embd=128, ffn_dim=384, window=16,
-            log_dir=f"log/{ARCH}-tiny")
+TINY = dict(block_size=64, vocab_size=256, n_layer=4, n_head=4, n_kv_head=2, n_embd=128,
+            ffn_dim=384, window=16, log_dir=f"log/{ARCH}-tiny")
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) in fp32, rounded to the precision of x, then times the weight (mistral-src/mistral/model.py)."""
+    """Computes x / rms(x) in fp32, rounds it to the type of x, and multiplies it by the weight (as
+    mistral-src/mistral/model.py)."""
 
     def __init__(self, dim, eps):
         super().__init__()
@@ -101,47 +104,61 @@ class RMSNorm(nn.Module):
 
 
 def rope_table(block_size, dim, theta):
-    """Cosine and sine of position * theta^(-2 i / dim): (2, block_size, dim / 2)."""
+    """Return cosine and sine of position * theta^(-2 i / dim): (2, block_size, dim / 2)."""
     angles = torch.outer(torch.arange(block_size), 1 / theta ** (torch.arange(0, dim, 2) / dim))
     return torch.stack([angles.cos(), angles.sin()])
 
 
 def rotate(x, rope):
-    """Turn each pair (x_i, x_{i + D/2}) by its angle: x (B, T, H, D), rope (2, T, D/2). Mistral's code pairs
-    neighbours, a permutation of the rows of q_proj and k_proj; this order is that of Hugging Face's weights."""
-    cos, sin = rope[:, :, None]
+    """Rotate each pair (x_i, x_{i + D/2}) by its angle: x (B, T, H, D), rope (2, T, D/2).
+
+    Mistral's code pairs neighbours instead, which is the same with permuted rows of q_proj and
+    k_proj; this is the order of Hugging Face's weights."""
+    cos, sin = rope[:, :, None]  # (T, 1, D/2): the same for all heads
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).type_as(x)
 
 
 def window_block_mask(T, window, device):
-    """For flex_attention: which blocks of 128 x 128 scores the window touches, and the rule inside them."""
-    return create_block_mask(lambda b, h, i, j: (j <= i) & (i - j < window), None, None, T, T, device=device)
+    """Return flex_attention's mask: which blocks of 128 x 128 scores the window touches, and which
+    scores inside them count."""
+    def in_window(b, h, i, j):
+        return (j <= i) & (i - j < window)
+
+    return create_block_mask(in_window, None, None, T, T, device=device)
 
 
 def sliding_window_attention(q, k, v, window, block_mask=None):
-    """Position i attends to i - window + 1 ... i, as in Mistral's cache.py and in transformers (the paper's text has
-    one more): q (B, H, T, D), k and v (B, H_kv, T, D) -> (B, H, T, D).
-    With a block_mask by flex_attention, which skips what lies outside the window, but needs a compiled model and, for
-    gradients, CUDA. Else in blocks of `window` queries, each against its own keys and those of the block before:
-    2 window scores a query instead of T, on every device."""
+    """Return causal attention in which position i sees positions i - window + 1 to i:
+    q (B, H, T, D), k and v (B, H_kv, T, D) -> (B, H, T, D). Mistral's cache.py, Google's
+    gemma_pytorch and transformers do the same; the text of Mistral's paper has one position more.
+
+    With a block_mask it uses flex_attention, which skips what lies outside the window, but needs a
+    compiled model and, for gradients, CUDA. Otherwise it works on blocks of `window` queries, each
+    against its own keys and those of the block before: 2 window scores per query instead of T."""
     B, _, T, _ = q.shape
     if block_mask is not None:
         return flex_attention(q, k, v, block_mask=block_mask, enable_gqa=True)
-    first = F.scaled_dot_product_attention(  # nothing before it
+    # the first block of queries has no block of keys before it
+    first = F.scaled_dot_product_attention(
         q[:, :, :window], k[:, :, :window], v[:, :, :window], is_causal=True, enable_gqa=True)
     if T <= window:
         return first
-    n = -(-T // window) - 1  # blocks after the first
+    n = math.ceil(T / window) - 1  # blocks after the first
 
-    def blocks(x, start, size):  # (B, H, T, D) -> (B * n, H, size, D): from `start` on, every `window` positions
+    def blocks(x, start, size):
+        """Cut x from `start` on, every `window` positions: (B, H, T, D) -> (B * n, H, size, D)."""
         x = F.pad(x[:, :, start:], (0, 0, 0, (n + 1) * window - T))
         return x.unfold(2, size, window).permute(0, 2, 1, 4, 3).flatten(0, 1)
 
-    band = torch.ones(window, 2 * window, dtype=torch.bool, device=q.device).triu(1).tril(window)
+    # query i of a block sees keys i + 1 to i + window of the 2 window keys
+    band = torch.ones(window, 2 * window, dtype=torch.bool, device=q.device)
+    band = band.triu(1).tril(window)
     y = F.scaled_dot_product_attention(
-        blocks(q, window, window), blocks(k, 0, 2 * window), blocks(v, 0, 2 * window), attn_mask=band, enable_gqa=True)
-    return torch.cat([first, y.unflatten(0, (B, n)).transpose(1, 2).flatten(2, 3)], dim=2)[:, :, :T]
+        blocks(q, window, window), blocks(k, 0, 2 * window), blocks(v, 0, 2 * window),
+        attn_mask=band, enable_gqa=True)
+    y = y.unflatten(0, (B, n)).transpose(1, 2).flatten(2, 3)
+    return torch.cat([first, y], dim=2)[:, :, :T]
 
 
 class Attention(nn.Module):
@@ -155,10 +172,12 @@ class Attention(nn.Module):
 
     def forward(self, x, rope, block_mask):
         B, T, _ = x.shape
-        q, k, v = (proj(x).view(B, T, -1, self.head_dim)  # (B, T, n_head or n_kv_head, head_dim)
-                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q = self.q_proj(x).view(B, T, -1, self.head_dim)  # (B, T, n_head, head_dim)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, n_kv_head, head_dim)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim)
         q, k = rotate(q, rope), rotate(k, rope)
-        q, k, v = (z.transpose(1, 2) for z in (q, k, v))  # last, so that y comes in x's memory order
+        # transposed only here, so that y has the memory order of x and o_proj needs no copy
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         y = sliding_window_attention(q, k, v, self.window, block_mask)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
@@ -199,32 +218,39 @@ class Model(nn.Module):
             norm=RMSNorm(cfg.n_embd, cfg.norm_eps)))
         self.lm_head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         self.lm_head.weight = self.model.embed_tokens.weight
-        self.register_buffer("rope", rope_table(cfg.block_size, cfg.head_dim, cfg.rope_theta), persistent=False)
-        self.block_mask = None  # for rows of block_size, once compiled on CUDA
+        rope = rope_table(cfg.block_size, cfg.head_dim, cfg.rope_theta)
+        self.register_buffer("rope", rope, persistent=False)
+        self.block_mask = None  # for rows of block_size; compile() makes it on CUDA
         for name, p in self.named_parameters():
-            if p.dim() == 2:  # the paper gives no initialisation: GPT-2's
+            if p.dim() == 2:  # GPT-2's initialisation, as the paper gives none
                 residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * cfg.n_layer) if residual else 0.02)
 
     def compile(self, **options):
-        """nn.Module.compile; on CUDA the rows of a training step go to flex_attention from now on."""
-        if self.lm_head.weight.is_cuda:
-            self.block_mask = window_block_mask(self.cfg.block_size, self.cfg.window, self.lm_head.weight.device)
+        """Compile as nn.Module does; on CUDA, flex_attention then gets the rows of block_size."""
+        device = self.lm_head.weight.device
+        if device.type == "cuda":
+            self.block_mask = window_block_mask(self.cfg.block_size, self.cfg.window, device)
         super().compile(**options)
 
     def hidden(self, idx):
-        """idx int64 (B, T) -> (B, T, C): what lm_head turns into logits."""
+        """Return what lm_head turns into logits: idx int64 (B, T) -> (B, T, C)."""
         x = self.model.embed_tokens(idx)
-        if torch.is_autocast_enabled(idx.device.type):  # bf16 residual stream: half the memory traffic between products
+        if torch.is_autocast_enabled(idx.device.type):
+            # a bf16 residual stream halves the memory traffic between matrix products
             x = x.to(torch.get_autocast_dtype(idx.device.type))
         T = idx.size(1)
-        block_mask = self.block_mask if T == self.cfg.block_size and torch.compiler.is_compiling() else None
+        whole_row = T == self.cfg.block_size
+        block_mask = self.block_mask if whole_row and torch.compiler.is_compiling() else None
         for block in self.model.layers:
             x = block(x, self.rope[:, :T], block_mask)
         return self.model.norm(x)
 
     def forward(self, idx, targets=None):
-        """idx, targets int64 (B, T), targets of -1 do not count -> (logits (B, T, vocab_size), None) or (None, loss)"""
+        """Return (logits, None), or (None, loss) if there are targets.
+
+        idx and targets: int64 (B, T), where a target of -1 does not count. logits: float32
+        (B, T, vocab_size). loss: the mean cross-entropy of the next token, a scalar."""
         logits = self.lm_head(self.hidden(idx)).float()
         if targets is None:
             return logits, None
@@ -232,40 +258,48 @@ class Model(nn.Module):
 
     def num_params(self):
         total = sum(p.numel() for p in self.parameters())
-        return {"total": total, "active": total, "non_embedding": total - self.lm_head.weight.numel()}
+        embedding = self.lm_head.weight.numel()
+        return {"total": total, "active": total, "non_embedding": total - embedding}
 
     def flops_per_token(self):
-        """Forward and backward: 6 N + 12 L d W, N all that enters a matrix product, W what a layer sees."""
+        """Return the FLOPs of forward and backward pass: 6 N + 12 L d W (PaLM paper, appendix B). N
+        counts the parameters in matrix products, with the output head; W is the window."""
         cfg = self.cfg
-        return 6 * self.num_params()["total"] + 12 * cfg.n_layer * cfg.n_embd * min(cfg.window, cfg.block_size)
+        window = min(cfg.window, cfg.block_size)
+        return 6 * self.num_params()["total"] + 12 * cfg.n_layer * cfg.n_embd * window
 
     def configure_optimizers(self, cfg, device_type):
-        """AdamW that decays matrices and the embedding, not norms; fused into one kernel. With optimizer=muon the
-        matrices inside the blocks go to Muon (Jordan et al. 2024), its step scaled to AdamW's (arXiv 2502.16982)."""
+        """Return a fused AdamW, with weight decay for matrices and the embedding but not for norms.
+        With --optimizer=muon the matrices inside the blocks go to Muon (Jordan et al. 2024), whose
+        steps are scaled to the size of AdamW's (arXiv 2502.16982)."""
         blocks = [p for p in self.model.layers.parameters() if p.dim() == 2]
         embeddings = [self.model.embed_tokens.weight]
         vectors = [p for p in self.parameters() if p.dim() < 2]
         muon = cfg.optimizer == "muon"
+        decayed = embeddings if muon else embeddings + blocks
         adamw = torch.optim.AdamW(
-            [{"params": embeddings if muon else embeddings + blocks, "weight_decay": cfg.weight_decay},
+            [{"params": decayed, "weight_decay": cfg.weight_decay},
              {"params": vectors, "weight_decay": 0.0}],
-            lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), eps=1e-8, fused=device_type in ("cuda", "cpu"))
+            lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), eps=1e-8,
+            fused=device_type in ("cuda", "cpu"))
         if not muon:
             return adamw
-        return Optimizers([adamw, torch.optim.Muon(blocks, lr=cfg.learning_rate, weight_decay=cfg.weight_decay,
-                                                   adjust_lr_fn="match_rms_adamw")])
+        return Optimizers([adamw, torch.optim.Muon(
+            blocks, lr=cfg.learning_rate, weight_decay=cfg.weight_decay,
+            adjust_lr_fn="match_rms_adamw")])
 
 
 def to_hf(model):
-    """The same weights as a transformers MistralForCausalLM."""
+    """Return the same weights as a transformers MistralForCausalLM."""
     from transformers import MistralConfig, MistralForCausalLM
     cfg = model.cfg
     eot = 50256 if cfg.vocab_size > 50256 else 0
     hf = MistralForCausalLM(MistralConfig(
         vocab_size=cfg.vocab_size, max_position_embeddings=cfg.block_size, hidden_size=cfg.n_embd,
-        intermediate_size=cfg.ffn_dim, num_hidden_layers=cfg.n_layer, num_attention_heads=cfg.n_head,
-        num_key_value_heads=cfg.n_kv_head, sliding_window=cfg.window, rms_norm_eps=cfg.norm_eps,
-        tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_theta},
+        intermediate_size=cfg.ffn_dim, num_hidden_layers=cfg.n_layer,
+        num_attention_heads=cfg.n_head, num_key_value_heads=cfg.n_kv_head,
+        sliding_window=cfg.window, rms_norm_eps=cfg.norm_eps, tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_theta},
         bos_token_id=eot, eos_token_id=eot, pad_token_id=None))
     hf.load_state_dict(model.state_dict())
     return hf
@@ -314,7 +348,7 @@ def main():
                     val_loss += loss * rows / val_loader.val_rows
             run.log_val(step, world.sum(val_loss).item())
             if hellaswag:
-                run.log_hella(step, hellaswag.score(model))
+                run.log_hella(step, hellaswag.score(model)["acc_norm"])
             model.train()
 
         # sample

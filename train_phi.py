@@ -45,16 +45,16 @@ ARCH = "phi"
 @dataclass
 class Config(RunConfig):
     # model
-    block_size: int = 1024  # context length, tokens
-    vocab_size: int = 50304  # GPT-2's 50,257 tokens padded to a multiple of 128; below 50257 text is taken as bytes
-    n_layer: int = 12  # blocks
-    n_head: int = 12  # query heads
-    n_kv_head: int = 3  # key-value heads, each serves n_head / n_kv_head query heads; 4:1 as in the 14B model
+    block_size: int = 1024  # context length in tokens
+    vocab_size: int = 50304  # GPT-2's 50,257 tokens, padded to a multiple of 128; if smaller: bytes
+    n_layer: int = 12  # number of blocks
+    n_head: int = 12  # number of query heads
+    n_kv_head: int = 3  # number of key-value heads; 4 query heads share one, as in the 14B model
     n_embd: int = 768  # width of the residual stream
     ffn_dim: int = 2432  # hidden width of the MLP
     rope_theta: float = 250000.0  # base of the rotary wavelengths
-    partial_rotary_factor: float = 1.0  # part of each head that is rotated; 0.75 in Phi-4-mini
-    norm_eps: float = 1e-5  # of RMSNorm
+    partial_rotary_factor: float = 1.0  # fraction of each head that is rotated; Phi-4-mini: 0.75
+    norm_eps: float = 1e-5  # epsilon of RMSNorm
     # training
     total_batch_size: int = 524288  # tokens per step
     batch_size: int = 64  # sequences per device and micro-step; lower it if memory runs out
@@ -72,12 +72,15 @@ class Config(RunConfig):
 
     def __post_init__(self):
         if self.n_head < 1 or self.n_embd % (2 * self.n_head):
-            raise ValueError(f"--n_embd={self.n_embd} is not an even multiple of --n_head={self.n_head}")
+            raise ValueError(f"--n_embd={self.n_embd} is not an even multiple of "
+                             f"--n_head={self.n_head}")
         if self.n_kv_head < 1 or self.n_head % self.n_kv_head:
-            raise ValueError(f"--n_head={self.n_head} is not a multiple of --n_kv_head={self.n_kv_head}")
+            raise ValueError(f"--n_head={self.n_head} is not a multiple of "
+                             f"--n_kv_head={self.n_kv_head}")
         if self.partial_rotary_factor > 1 or self.rotary_dim < 2 or self.rotary_dim % 2:
-            raise ValueError(f"--partial_rotary_factor={self.partial_rotary_factor} of the {self.head_dim} values of a "
-                             "head: at most all of them, and an even number from 2 on")
+            raise ValueError(
+                f"--partial_rotary_factor={self.partial_rotary_factor} must rotate an even number "
+                f"of the {self.head_dim} values of a head, at least 2")
 
     @property
     def head_dim(self):
@@ -88,12 +91,13 @@ class Config(RunConfig):
         return int(self.head_dim * self.partial_rotary_factor)
 
 
-TINY = dict(block_size=64, vocab_size=256, n_layer=4, n_head=4, n_kv_head=2, n_embd=128, ffn_dim=384,
-            log_dir=f"log/{ARCH}-tiny")
+TINY = dict(block_size=64, vocab_size=256, n_layer=4, n_head=4, n_kv_head=2, n_embd=128,
+            ffn_dim=384, log_dir=f"log/{ARCH}-tiny")
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) in fp32, rounded to the precision of x, then times the weight (Hugging Face's modeling_phi3.py)."""
+    """Computes x / rms(x) in fp32, rounds it to the type of x, and multiplies it by the weight (as
+    Hugging Face's modeling_phi3.py)."""
 
     def __init__(self, dim, eps):
         super().__init__()
@@ -107,14 +111,15 @@ class RMSNorm(nn.Module):
 
 
 def rope_table(block_size, dim, theta):
-    """Cosine and sine of position * theta^(-2 i / dim): (2, block_size, dim / 2)."""
+    """Return cosine and sine of position * theta^(-2 i / dim): (2, block_size, dim / 2)."""
     angles = torch.outer(torch.arange(block_size), 1 / theta ** (torch.arange(0, dim, 2) / dim))
     return torch.stack([angles.cos(), angles.sin()])
 
 
 def rotate(x, rope):
-    """Turn each pair (x_i, x_{i + R/2}) of the first R values by its angle: x (B, T, H, D), rope (2, T, R/2)."""
-    cos, sin = rope[:, :, None]
+    """Rotate each pair (x_i, x_{i + R/2}) of the first R values by its angle: x (B, T, H, D),
+    rope (2, T, R/2)."""
+    cos, sin = rope[:, :, None]  # (T, 1, R/2): the same for all heads
     half = cos.size(-1)
     a, b, rest = x.float().split([half, half, x.size(-1) - 2 * half], dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1).type_as(x)
@@ -123,7 +128,8 @@ def rotate(x, rope):
 class Attention(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        self.heads, self.head_dim = [cfg.n_head, cfg.n_kv_head, cfg.n_kv_head], cfg.head_dim
+        self.heads = [cfg.n_head, cfg.n_kv_head, cfg.n_kv_head]  # of queries, keys and values
+        self.head_dim = cfg.head_dim
         self.qkv_proj = nn.Linear(cfg.n_embd, sum(self.heads) * cfg.head_dim, bias=False)
         self.o_proj = nn.Linear(cfg.n_head * cfg.head_dim, cfg.n_embd, bias=False)
 
@@ -131,7 +137,8 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         q, k, v = self.qkv_proj(x).view(B, T, -1, self.head_dim).split(self.heads, dim=2)
         q, k = rotate(q, rope), rotate(k, rope)
-        q, k, v = (z.transpose(1, 2) for z in (q, k, v))  # last, so that y comes in x's memory order
+        # transposed only here, so that y has the memory order of x and o_proj needs no copy
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
@@ -172,16 +179,18 @@ class Model(nn.Module):
             norm=RMSNorm(cfg.n_embd, cfg.norm_eps)))
         self.lm_head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         self.lm_head.weight = self.model.embed_tokens.weight
-        self.register_buffer("rope", rope_table(cfg.block_size, cfg.rotary_dim, cfg.rope_theta), persistent=False)
+        rope = rope_table(cfg.block_size, cfg.rotary_dim, cfg.rope_theta)
+        self.register_buffer("rope", rope, persistent=False)
         for name, p in self.named_parameters():
-            if p.dim() == 2:  # the report gives no initialisation: GPT-2's
+            if p.dim() == 2:  # GPT-2's initialisation, as the report gives none
                 residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * cfg.n_layer) if residual else 0.02)
 
     def hidden(self, idx):
-        """idx int64 (B, T) -> (B, T, C): what lm_head turns into logits."""
+        """Return what lm_head turns into logits: idx int64 (B, T) -> (B, T, C)."""
         x = self.model.embed_tokens(idx)
-        if torch.is_autocast_enabled(idx.device.type):  # bf16 residual stream: half the memory traffic between products
+        if torch.is_autocast_enabled(idx.device.type):
+            # a bf16 residual stream halves the memory traffic between matrix products
             x = x.to(torch.get_autocast_dtype(idx.device.type))
         rope = self.rope[:, :idx.size(1)]
         for block in self.model.layers:
@@ -189,7 +198,10 @@ class Model(nn.Module):
         return self.model.norm(x)
 
     def forward(self, idx, targets=None):
-        """idx, targets int64 (B, T), targets of -1 do not count -> (logits (B, T, vocab_size), None) or (None, loss)"""
+        """Return (logits, None), or (None, loss) if there are targets.
+
+        idx and targets: int64 (B, T), where a target of -1 does not count. logits: float32
+        (B, T, vocab_size). loss: the mean cross-entropy of the next token, a scalar."""
         logits = self.lm_head(self.hidden(idx)).float()
         if targets is None:
             return logits, None
@@ -197,40 +209,47 @@ class Model(nn.Module):
 
     def num_params(self):
         total = sum(p.numel() for p in self.parameters())
-        return {"total": total, "active": total, "non_embedding": total - self.lm_head.weight.numel()}
+        embedding = self.lm_head.weight.numel()
+        return {"total": total, "active": total, "non_embedding": total - embedding}
 
     def flops_per_token(self):
-        """Forward and backward: 6 N + 12 L d T, N all that enters a matrix product."""
+        """Return the FLOPs of forward and backward pass: 6 N + 12 L d T (PaLM paper, appendix B). N
+        counts the parameters in matrix products, with the output head."""
         cfg = self.cfg
         return 6 * self.num_params()["total"] + 12 * cfg.n_layer * cfg.n_embd * cfg.block_size
 
     def configure_optimizers(self, cfg, device_type):
-        """AdamW that decays matrices and the embedding, not norms; fused into one kernel. With optimizer=muon the
-        matrices inside the blocks go to Muon (Jordan et al. 2024), its step scaled to AdamW's (arXiv 2502.16982)."""
+        """Return a fused AdamW, with weight decay for matrices and the embedding but not for norms.
+        With --optimizer=muon the matrices inside the blocks go to Muon (Jordan et al. 2024), whose
+        steps are scaled to the size of AdamW's (arXiv 2502.16982)."""
         blocks = [p for p in self.model.layers.parameters() if p.dim() == 2]
         embeddings = [self.model.embed_tokens.weight]
         vectors = [p for p in self.parameters() if p.dim() < 2]
         muon = cfg.optimizer == "muon"
+        decayed = embeddings if muon else embeddings + blocks
         adamw = torch.optim.AdamW(
-            [{"params": embeddings if muon else embeddings + blocks, "weight_decay": cfg.weight_decay},
+            [{"params": decayed, "weight_decay": cfg.weight_decay},
              {"params": vectors, "weight_decay": 0.0}],
-            lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), eps=1e-8, fused=device_type in ("cuda", "cpu"))
+            lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), eps=1e-8,
+            fused=device_type in ("cuda", "cpu"))
         if not muon:
             return adamw
-        return Optimizers([adamw, torch.optim.Muon(blocks, lr=cfg.learning_rate, weight_decay=cfg.weight_decay,
-                                                   adjust_lr_fn="match_rms_adamw")])
+        return Optimizers([adamw, torch.optim.Muon(
+            blocks, lr=cfg.learning_rate, weight_decay=cfg.weight_decay,
+            adjust_lr_fn="match_rms_adamw")])
 
 
 def to_hf(model):
-    """The same weights as a transformers Phi3ForCausalLM, its class of Phi-4 too."""
+    """Return the same weights as a transformers Phi3ForCausalLM, its class for Phi-4, too."""
     from transformers import Phi3Config, Phi3ForCausalLM
     cfg = model.cfg
     eot = 50256 if cfg.vocab_size > 50256 else 0
     hf = Phi3ForCausalLM(Phi3Config(
         vocab_size=cfg.vocab_size, max_position_embeddings=cfg.block_size,
         original_max_position_embeddings=cfg.block_size, hidden_size=cfg.n_embd,
-        intermediate_size=cfg.ffn_dim, num_hidden_layers=cfg.n_layer, num_attention_heads=cfg.n_head,
-        num_key_value_heads=cfg.n_kv_head, rms_norm_eps=cfg.norm_eps, tie_word_embeddings=True,
+        intermediate_size=cfg.ffn_dim, num_hidden_layers=cfg.n_layer,
+        num_attention_heads=cfg.n_head, num_key_value_heads=cfg.n_kv_head,
+        rms_norm_eps=cfg.norm_eps, tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_theta,
                          "partial_rotary_factor": cfg.partial_rotary_factor},
         bos_token_id=eot, eos_token_id=eot, pad_token_id=None))
@@ -281,7 +300,7 @@ def main():
                     val_loss += loss * rows / val_loader.val_rows
             run.log_val(step, world.sum(val_loss).item())
             if hellaswag:
-                run.log_hella(step, hellaswag.score(model))
+                run.log_hella(step, hellaswag.score(model)["acc_norm"])
             model.train()
 
         # sample

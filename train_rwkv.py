@@ -49,11 +49,11 @@ ARCH = "rwkv"
 @dataclass
 class Config(RunConfig):
     # model
-    block_size: int = 1024  # context length, tokens
-    vocab_size: int = 50304  # GPT-2's 50,257 tokens padded to a multiple of 128; below 50257 text is taken as bytes
-    n_layer: int = 11  # blocks
+    block_size: int = 1024  # context length in tokens
+    vocab_size: int = 50304  # GPT-2's 50,257 tokens, padded to a multiple of 128; if smaller: bytes
+    n_layer: int = 11  # number of blocks
     n_embd: int = 640  # width of the residual stream
-    head_dim: int = 64  # dimensions of a head; the state is head_dim x head_dim
+    head_dim: int = 64  # width of a head, whose state is head_dim x head_dim
     ffn_dim: int = 2560  # hidden width of the channel mix
     # training
     total_batch_size: int = 524288  # tokens per step
@@ -75,27 +75,32 @@ class Config(RunConfig):
 
     def __post_init__(self):
         if self.n_embd % self.head_dim or self.head_dim < 2:
-            raise ValueError(f"--n_embd={self.n_embd} is not a multiple of --head_dim={self.head_dim}, 2 or more")
-        if self.chunk_size not in (8, 16, 32, 64, 128):  # more overflows float32
-            raise ValueError(f"--chunk_size={self.chunk_size}: 8, 16, 32, 64 or 128")
+            raise ValueError(f"--n_embd={self.n_embd} must be a multiple of "
+                             f"--head_dim={self.head_dim}, which is at least 2")
+        if self.chunk_size not in (8, 16, 32, 64, 128):  # more would overflow float32
+            raise ValueError(f"--chunk_size={self.chunk_size} must be 8, 16, 32, 64 or 128")
 
     def rank(self, factor):
-        """Of the low-rank matrices: factor x sqrt(n_embd) to the nearest multiple of 32."""
+        """Return the rank of a low-rank matrix: factor x sqrt(n_embd), to a multiple of 32."""
         return max(32, round(factor * self.n_embd ** 0.5 / 32) * 32)
 
 
-TINY = dict(block_size=64, vocab_size=256, n_layer=3, n_embd=128, head_dim=32, ffn_dim=512, log_dir=f"log/{ARCH}-tiny")
+TINY = dict(block_size=64, vocab_size=256, n_layer=3, n_embd=128, head_dim=32, ffn_dim=512,
+            log_dir=f"log/{ARCH}-tiny")
 
 
 def shift(x, last):
-    """Each token's predecessor: x (B, T, C), what came before x (B, C) -> (B, T, C)"""
+    """Return each token's predecessor: x (B, T, C), the one before x (B, C) -> (B, T, C)."""
     return torch.cat([last.unsqueeze(1).type_as(x), x[:, :-1]], dim=1)
 
 
 def wkv_step(r, log_w, k, v, a, b, state):
-    """The definition of the time mix, one token: S = S diag(w) + (S a) b^T + v k^T, y = S r. Vectors float32 (B, H, N),
-    state S (B, H, N, N), its rows values, its columns keys -> y, new state. With a = -key and b = rate * key the middle
-    term takes out of the state what it has under this key, at that rate, before the new value goes in (section 3)."""
+    """Return y and the new state after one token. This is the definition of the time mix (section
+    3):
+        S = S diag(w) + (S a) b^T + v k^T,   y = S r
+    Vectors are float32 (B, H, N). The state S is (B, H, N, N), its rows belong to values and its
+    columns to keys. With a = -key and b = rate * key the middle term removes from the state what
+    it holds under this key, at that rate, before the new value is stored."""
     a, r, v = a[..., None], r[..., None], v[..., None]
     b, k, w = b[..., None, :], k[..., None, :], log_w.exp()[..., None, :]
     state = state * w + (state @ a) * b + v * k
@@ -103,22 +108,27 @@ def wkv_step(r, log_w, k, v, a, b, state):
 
 
 class UnitLowerInverse(torch.autograd.Function):
-    """(I - A)^-1 of strictly lower triangular A (..., C, C). Blocks of 8 by (I + A) (I + A^2) (I + A^4), elementwise,
-    as TF32 is too coarse; then pairs of blocks are merged by products. This series over the whole chunk would be
-    shorter, but its powers outgrow float32 when keys repeat, as in "------"."""
+    """Returns (I - A)^-1 of a strictly lower triangular A (..., C, C). Diagonal blocks of 8 x 8 are
+    inverted by the series (I + A) (I + A^2) (I + A^4), then neighbouring blocks are merged. The
+    series over the whole chunk would be shorter, but its powers overflow float32 when keys repeat,
+    as in "------"."""
 
     @staticmethod
     def forward(ctx, A):
         C, size = A.size(-1), 8
 
-        def diagonal(size):  # (..., C / size, size, size)
+        def diagonal(size):
+            """Return the diagonal blocks of A: (..., C / size, size, size)."""
             blocks = A.unflatten(-1, (-1, size)).unflatten(-3, (-1, size))
             return blocks.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
 
-        power, X = diagonal(size), torch.eye(size, device=A.device, dtype=A.dtype) + diagonal(size)
+        # products by elementwise operations, since TF32 matrix products are too coarse here
+        power = diagonal(size)
+        X = torch.eye(size, device=A.device, dtype=A.dtype) + power
         for _ in range(2):
-            power = (power.unsqueeze(-1) * power.unsqueeze(-3)).sum(-2)
+            power = (power.unsqueeze(-1) * power.unsqueeze(-3)).sum(-2)  # A^2, A^4
             X = X + (X.unsqueeze(-1) * power.unsqueeze(-3)).sum(-2)
+        # the inverse of [[U, 0], [-A, L]] is [[U^-1, 0], [L^-1 A U^-1, L^-1]]
         while size < C:
             upper, lower = X[..., ::2, :, :], X[..., 1::2, :, :]
             corner = lower @ diagonal(2 * size)[..., size:, :size] @ upper
@@ -135,58 +145,86 @@ class UnitLowerInverse(torch.autograd.Function):
 
 
 def wkv(r, log_w, k, v, a, b, state, chunk):
-    """wkv_step over T tokens by matrix products: float32 (B, H, T, N), state (B, H, N, N) -> y (B, H, T, N), new state.
+    """Return what wkv_step gives for T tokens, by matrix products: float32 (B, H, T, N) and state
+    (B, H, N, N) -> y (B, H, T, N) and the new state.
 
-    What the tokens of a chunk take out of the state is the solution of a triangular system (X): W of the state at the
-    chunk's start, and U of the chunk itself. So the only sequential part is a loop over chunks with two products each.
-    Decays count from the middle of a chunk: as log_w > -0.6066, exponents stay below 0.6066 (C / 2 + 1), 20 for 64
-    tokens, which is fine in float32, and too much for float16."""
+    Tokens are cut into chunks. Let S be the state at the start of a chunk, its rows now keys, and
+    let every vector carry the decay from the middle of its chunk. What the tokens of a chunk remove
+    from the state, the rows s_t = a_t S_{t-1}, depends on the tokens before them:
+        (1) s = a S + tril(a b^T, -1) s + tril(a k^T, -1) v
+        (2) s = W S + U   with   X = (I - tril(a b^T, -1))^-1,   W = X a,   U = X tril(a k^T, -1) v
+        (3) the next S = S + b^T s + k^T v, with the decay to the middle of the next chunk
+        (4) y = r S + tril(r b^T) s + tril(r k^T) v
+    Only (2) and (3) go from chunk to chunk. As log_w > -0.6066, exponents stay below 0.6066 (C /
+    2 + 1), which is 20 for 64 tokens: fine in float32, too much for float16."""
     B, H, T, N = r.shape
     if T % chunk:
         r, log_w, k, v, a, b = (F.pad(x, (0, 0, 0, -T % chunk)) for x in (r, log_w, k, v, a, b))
     r, log_w, k, v, a, b = (x.reshape(B * H, -1, chunk, N) for x in (r, log_w, k, v, a, b))
-    log_decay = log_w.cumsum(dim=-2)  # (B H, T / chunk, chunk, N), as the others now
-    end, middle = log_decay[..., -1:, :], log_decay[..., chunk // 2, None, :].detach()  # any middle gives the same y
-    a, r = a * (log_decay - log_w - middle).exp(), r * (log_decay - middle).exp()
-    b, k = b * (middle - log_decay).exp(), k * (middle - log_decay).exp()
+    log_decay = log_w.cumsum(dim=-2)  # (B H, T / chunk, chunk, N), as all of them now
+    end = log_decay[..., -1:, :]
+    middle = log_decay[..., chunk // 2, None, :].detach()  # y does not depend on it
+    next_middle = torch.cat([middle[:, 1:], torch.zeros_like(middle[:, :1])], dim=1)
+    a = a * (log_decay - log_w - middle).exp()
+    r = r * (log_decay - middle).exp()
+    b = b * (middle - log_decay).exp()
+    k = k * (middle - log_decay).exp()
     X = UnitLowerInverse.apply((a @ b.mT).tril(-1))
-    W, U, kv = X @ a, X @ ((a @ k.mT).tril(-1) @ v), k.mT @ v
-    onward = (end - middle + F.pad(middle, (0, 0, 0, 0, -1, 1))).exp().mT  # from this middle to that of the next chunk
-    state = middle[:, 0].exp().mT * state.flatten(0, 1).mT  # rows are keys here
+    W = X @ a
+    U = X @ ((a @ k.mT).tril(-1) @ v)
+    kv = k.mT @ v
+    onward = (end - middle + next_middle).exp().mT  # the decay from this middle to the next
+    state = middle[:, 0].exp().mT * state.flatten(0, 1).mT
     states, removed = [], []
-    for W_, U_, b_, kv_, onward_ in zip(*(x.unbind(1) for x in (W, U, b.mT, kv, onward))):
+    chunks = zip(*(x.unbind(1) for x in (W, U, b.mT, kv, onward)))
+    for W_i, U_i, b_i, kv_i, onward_i in chunks:
         states.append(state)
-        removed.append(torch.baddbmm(U_, W_, state))
-        state = onward_ * torch.baddbmm(state + kv_, b_, removed[-1])
-    y = r @ torch.stack(states, 1) + (r @ b.mT).tril() @ torch.stack(removed, 1) + (r @ k.mT).tril() @ v
+        removed.append(torch.baddbmm(U_i, W_i, state))  # (2)
+        state = onward_i * torch.baddbmm(state + kv_i, b_i, removed[-1])  # (3)
+    S, s = torch.stack(states, 1), torch.stack(removed, 1)
+    y = r @ S + (r @ b.mT).tril() @ s + (r @ k.mT).tril() @ v  # (4)
     return y.view(B, H, -1, N)[:, :, :T], state.mT.unflatten(0, (B, H))
 
 
 class TimeMix(nn.Module):
+    """Parameters, with the initialisation of the official code: the mixes with the token before
+    x_r, x_w, x_k, x_v, x_a and x_g; the low-rank matrices w1 w2 (decay), a1 a2 (learning rate),
+    v1 v2 (value residual, not in the first layer) and g1 g2 (gate) with the biases w0, a0 and
+    v0; k_k and k_a, which scale keys; r_k, the bonus of the token itself; four linear layers and
+    ln_x."""
+
     def __init__(self, cfg, layer):
         super().__init__()
-        self.cfg, self.first = cfg, layer == 0
+        self.cfg = cfg
+        self.first = layer == 0
         C, H, N = cfg.n_embd, cfg.n_embd // cfg.head_dim, cfg.head_dim
-        depth, rest = layer / max(1, cfg.n_layer - 1), 1 - layer / cfg.n_layer
+        depth = layer / max(1, cfg.n_layer - 1)  # 0 to 1
+        rest = 1 - layer / cfg.n_layer
         i = torch.arange(C)
         linear = i / (C - 1) - 0.5
         zigzag = (i % N - (N - 1) / 2) / ((N - 1) / 2)
         zigzag = zigzag * zigzag.abs()
-        for name, power in ("r", 0.2), ("w", 0.9), ("k", 0.7), ("v", 0.7), ("a", 0.9), ("g", 0.2):
-            setattr(self, f"x_{name}", nn.Parameter((1 - (i / C) ** (power * rest)).view(1, 1, C)))
+        powers = {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}
+        for name, power in powers.items():
+            mix = 1 - (i / C) ** (power * rest)
+            setattr(self, f"x_{name}", nn.Parameter(mix.view(1, 1, C)))
         ranks = {"w": 2.5, "a": 2.5, "v": 1.7, "g": 5.0}
         for name in "wag" if self.first else "wavg":
             rank = cfg.rank(ranks[name])
             setattr(self, f"{name}1", nn.Parameter(torch.zeros(C, rank)))
             setattr(self, f"{name}2", nn.Parameter(nn.init.orthogonal_(torch.empty(rank, C), 0.1)))
-        self.w0 = nn.Parameter((-5.5 + 6 * (i / (C - 1)) ** (1 + depth ** 0.3) + 2.5 * zigzag).view(1, 1, C))
+        w0 = -5.5 + 6 * (i / (C - 1)) ** (1 + depth ** 0.3) + 2.5 * zigzag
+        self.w0 = nn.Parameter(w0.view(1, 1, C))
         self.a0 = nn.Parameter((-0.19 + 0.3 * zigzag + 0.4 * linear).view(1, 1, C))
         if not self.first:
             self.v0 = nn.Parameter((0.73 - 0.4 * linear).view(1, 1, C))
         self.k_k = nn.Parameter((0.71 - 0.1 * linear).view(1, 1, C))
         self.k_a = nn.Parameter(torch.full((1, 1, C), 1.02))
         self.r_k = nn.Parameter(torch.full((H, N), -0.04))
-        self.receptance, self.key, self.value, self.output = (nn.Linear(C, C, bias=False) for _ in range(4))
+        self.receptance = nn.Linear(C, C, bias=False)
+        self.key = nn.Linear(C, C, bias=False)
+        self.value = nn.Linear(C, C, bias=False)
+        self.output = nn.Linear(C, C, bias=False)
         nn.init.orthogonal_(self.receptance.weight)
         nn.init.orthogonal_(self.key.weight, 0.1)
         nn.init.orthogonal_(self.value.weight)
@@ -195,14 +233,18 @@ class TimeMix(nn.Module):
         nn.init.constant_(self.ln_x.weight, ((1 + layer) / cfg.n_layer) ** 0.7)
 
     def forward(self, x, v_first, last, state):
-        """x (B, T, C), first layer's v (B, T, C), x before x (B, C), state (B, H, N, N) -> y, v_first, last, state"""
+        """Return y, v_first, last and state, all but y for what comes next.
+
+        x: (B, T, C). v_first: the first layer's v (B, T, C). last: the x before x (B, C). state:
+        (B, H, N, N)."""
         B, T, C = x.shape
         change = shift(x, last) - x
-        xr, xw, xk, xv, xa, xg = (x + change * mix
-                                  for mix in (self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g))
+        mixes = self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g
+        xr, xw, xk, xv, xa, xg = (x + change * mix for mix in mixes)
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
-        # in (-0.6066, 0), and in fp32: rounding it to bf16 would show
-        log_w = -math.exp(-0.5) * torch.sigmoid(self.w0 + (torch.tanh(xw @ self.w1) @ self.w2).float())
+        # the logarithm of the decay, in (-0.6066, 0), stays in fp32: bf16 would be too coarse
+        w = self.w0 + (torch.tanh(xw @ self.w1) @ self.w2).float()
+        log_w = -math.exp(-0.5) * torch.sigmoid(w)
         if self.first:
             v_first = v
         else:
@@ -210,20 +252,22 @@ class TimeMix(nn.Module):
         rate = torch.sigmoid(self.a0 + (xa @ self.a1) @ self.a2)
         g = torch.sigmoid(xg @ self.g1) @ self.g2
 
-        def heads(x):  # float32 (B, H, T, N)
+        def heads(x):
+            """Split x into heads: float32 (B, H, T, N)."""
             return x.float().unflatten(-1, (-1, self.cfg.head_dim)).transpose(1, 2)
 
         kk = F.normalize(heads(k * self.k_k), dim=-1)
         r, k, v_heads = heads(r), heads(k * (1 + (rate - 1) * self.k_a)), heads(v)
         with torch.autocast(x.device.type, enabled=False):
-            args = r, heads(log_w), k, v_heads, -kk, kk * heads(rate), state
+            vectors = r, heads(log_w), k, v_heads, -kk, kk * heads(rate)
             if T == 1:
-                y, state = wkv_step(*(z.squeeze(2) for z in args[:-1]), state)
+                y, state = wkv_step(*(z.squeeze(2) for z in vectors), state)
                 y = y.unsqueeze(2)
             elif self.cfg.recompute and self.training:
-                y, state = checkpoint(wkv, *args, self.cfg.chunk_size, use_reentrant=False)
+                chunk = self.cfg.chunk_size
+                y, state = checkpoint(wkv, *vectors, state, chunk, use_reentrant=False)
             else:
-                y, state = wkv(*args, self.cfg.chunk_size)
+                y, state = wkv(*vectors, state, self.cfg.chunk_size)
         y = self.ln_x(y.transpose(1, 2).reshape(B * T, C)).view(B, T, C)
         bonus = (r * k * self.r_k.unsqueeze(1)).sum(-1, keepdim=True) * v_heads
         y = y + bonus.transpose(1, 2).reshape(B, T, C)
@@ -234,16 +278,17 @@ class ChannelMix(nn.Module):
     def __init__(self, cfg, layer):
         super().__init__()
         C = cfg.n_embd
-        self.x_k = nn.Parameter((1 - (torch.arange(C) / C) ** ((1 - layer / cfg.n_layer) ** 4)).view(1, 1, C))
+        mix = 1 - (torch.arange(C) / C) ** ((1 - layer / cfg.n_layer) ** 4)
+        self.x_k = nn.Parameter(mix.view(1, 1, C))
         self.key = nn.Linear(C, cfg.ffn_dim, bias=False)
         self.value = nn.Linear(cfg.ffn_dim, C, bias=False)
         nn.init.orthogonal_(self.key.weight)
         nn.init.zeros_(self.value.weight)
 
     def forward(self, x, last):
-        """x (B, T, C), x before x (B, C) -> y, last"""
+        """Return y and the last token of x: x (B, T, C), the token before x (B, C)."""
         k = torch.relu(self.key(x + (shift(x, last) - x) * self.x_k))
-        return self.value(k * k), x[:, -1]  # autocast would take ** to fp32
+        return self.value(k * k), x[:, -1]  # autocast would compute k ** 2 in fp32
 
 
 class Block(nn.Module):
@@ -278,17 +323,23 @@ class Model(nn.Module):
         nn.init.orthogonal_(self.head.weight, 0.5 * max(1, cfg.vocab_size / cfg.n_embd) ** 0.5)
 
     def new_state(self, batch_size):
-        """What a layer keeps of the past: the last inputs of its mixes (B, C) and its memory (B, H, N, N), float32."""
-        C, N, zeros = self.cfg.n_embd, self.cfg.head_dim, self.emb.weight.new_zeros
-        return [(zeros(batch_size, C), zeros(batch_size, C), zeros(batch_size, C // N, N, N)) for _ in self.blocks]
+        """Return what each layer knows of the past before the first token: the last inputs of
+        its two mixes (B, C) and its memory (B, H, N, N), all float32."""
+        C, N = self.cfg.n_embd, self.cfg.head_dim
+        zeros = self.emb.weight.new_zeros
+        return [(zeros(batch_size, C), zeros(batch_size, C), zeros(batch_size, C // N, N, N))
+                for _ in self.blocks]
 
     @torch.compiler.disable(recursive=False)  # the blocks inside it are compiled, one by one
     def hidden(self, idx, state=None):
-        """idx int64 (B, T) -> (B, T, C): what lm_head turns into logits. Given a state, it goes on from there, and the
-        state is brought up to date."""
-        state = self.new_state(len(idx)) if state is None else state
-        x, v_first = self.blocks[0].ln0(self.emb(idx)), None
-        if torch.is_autocast_enabled(idx.device.type):  # bf16 residual stream: half the memory traffic between products
+        """Return what lm_head turns into logits: idx int64 (B, T) -> (B, T, C). With a state it
+        continues from there, and updates the state."""
+        if state is None:
+            state = self.new_state(len(idx))
+        x = self.blocks[0].ln0(self.emb(idx))
+        v_first = None
+        if torch.is_autocast_enabled(idx.device.type):
+            # a bf16 residual stream halves the memory traffic between matrix products
             x = x.to(torch.get_autocast_dtype(idx.device.type))
         for i, block in enumerate(self.blocks):
             x, v_first, state[i] = block(x, v_first, state[i])
@@ -298,8 +349,8 @@ class Model(nn.Module):
         return self.head(hidden)
 
     def loss(self, hidden, targets):
-        """The value is the cross-entropy; while training, its gradient also pulls the largest logit of each token to 0,
-        a little (L2Wrap in model.py)."""
+        """Return the cross-entropy. In training its gradient also pulls the largest logit of
+        each token a little towards 0 (L2Wrap in model.py)."""
         logits = self.head(hidden).float()
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
         if not self.training:
@@ -308,51 +359,66 @@ class Model(nn.Module):
         return loss + (pull - pull.detach())
 
     def forward(self, idx, targets=None):
-        """idx, targets int64 (B, T), targets of -1 do not count -> (logits (B, T, vocab_size), None) or (None, loss)"""
+        """Return (logits, None), or (None, loss) if there are targets.
+
+        idx and targets: int64 (B, T), where a target of -1 does not count. logits: float32
+        (B, T, vocab_size). loss: the mean cross-entropy of the next token, a scalar."""
         hidden = self.hidden(idx)
         if targets is None:
             return self.head(hidden).float(), None
         return None, self.loss(hidden, targets)
 
     def compile(self, **options):
-        """Block by block: two graphs, the first block's and the others', instead of one that is long."""
-        torch._dynamo.config.recompile_limit = 128  # both for training, validation, and each length in HellaSwag
+        """Compile block by block: two short graphs, that of the first block and that of the others,
+        instead of a long one."""
+        # both are compiled anew for training, for validation and for each length in HellaSwag
+        torch._dynamo.config.recompile_limit = 128
         for block in self.blocks:
             block.compile(**options)
         self.loss = torch.compile(self.loss, **options)
 
     def num_params(self):
         total = sum(p.numel() for p in self.parameters())
-        return {"total": total, "active": total, "non_embedding": total - 2 * self.emb.weight.numel()}
+        embedding = self.emb.weight.numel() + self.head.weight.numel()
+        return {"total": total, "active": total, "non_embedding": total - embedding}
 
     def flops_per_token(self):
-        """Forward and backward: 6 N + 27 d D a layer, N without the embedding, which enters no product. A step of the
-        state, D x D in each of d / D heads, takes 9 D^2; that is counted, not what a form of it computes on top."""
-        cfg, N = self.cfg, self.num_params()["total"] - self.emb.weight.numel()
-        return 6 * N + 27 * cfg.n_layer * cfg.n_embd * cfg.head_dim
+        """Return the FLOPs of forward and backward pass: 6 N, and 27 d D per layer. N excludes
+        the embedding, which is in no matrix product. A forward step of the state, D x D in each
+        of d / D heads, takes 9 D^2; what the form with chunks computes on top of that is not
+        counted."""
+        cfg = self.cfg
+        n = self.num_params()["total"] - self.emb.weight.numel()
+        return 6 * n + 27 * cfg.n_layer * cfg.n_embd * cfg.head_dim
 
     def configure_optimizers(self, cfg, device_type):
-        """AdamW that decays the matrices named weight alone and moves w0 twice as fast (model.py); fused into one
-        kernel. With optimizer=muon those in the blocks go to Muon (Jordan et al. 2024), its step scaled to AdamW's
-        (arXiv 2502.16982)."""
+        """Return a fused AdamW, with weight decay only for the weights of linear layers and
+        embeddings, and twice the learning rate for w0 (model.py). With --optimizer=muon the
+        linear layers in the blocks go to Muon (Jordan et al. 2024), whose steps are scaled to
+        the size of AdamW's (arXiv 2502.16982)."""
         blocks = [m.weight for m in self.blocks.modules() if isinstance(m, nn.Linear)]
         outer = [self.emb.weight, self.head.weight]
         w0 = [block.att.w0 for block in self.blocks]
-        apart = {id(p) for p in blocks + outer + w0}
+        grouped = {id(p) for p in blocks + outer + w0}
+        others = [p for p in self.parameters() if id(p) not in grouped]
         muon = cfg.optimizer == "muon"
+        decayed = outer if muon else outer + blocks
         adamw = torch.optim.AdamW(
-            [{"params": outer if muon else outer + blocks, "weight_decay": cfg.weight_decay},
+            [{"params": decayed, "weight_decay": cfg.weight_decay},
              {"params": w0, "weight_decay": 0.0, "lr_scale": 2.0},
-             {"params": [p for p in self.parameters() if id(p) not in apart], "weight_decay": 0.0}],
-            lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), eps=1e-18, fused=device_type in ("cuda", "cpu"))
+             {"params": others, "weight_decay": 0.0}],
+            lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), eps=1e-18,
+            fused=device_type in ("cuda", "cpu"))
         if not muon:
             return adamw
-        return Optimizers([adamw, torch.optim.Muon(blocks, lr=cfg.learning_rate, weight_decay=cfg.weight_decay,
-                                                   adjust_lr_fn="match_rms_adamw")])
+        return Optimizers([adamw, torch.optim.Muon(
+            blocks, lr=cfg.learning_rate, weight_decay=cfg.weight_decay,
+            adjust_lr_fn="match_rms_adamw")])
 
 
 def to_hf(model):
-    """An official checkpoint, since transformers has no RWKV-7: what --export writes as model.pth for RWKV runners."""
+    """Return the weights of an official checkpoint, which --export writes as model.pth for RWKV
+    runners, since transformers has no RWKV-7."""
     return model.state_dict()
 
 
@@ -399,7 +465,7 @@ def main():
                     val_loss += loss * rows / val_loader.val_rows
             run.log_val(step, world.sum(val_loss).item())
             if hellaswag:
-                run.log_hella(step, hellaswag.score(model))
+                run.log_hella(step, hellaswag.score(model)["acc_norm"])
             model.train()
 
         # sample
