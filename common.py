@@ -207,7 +207,7 @@ def accumulation_steps(cfg, world):
         return rows // cfg.batch_size
     hint = f"values of --batch_size that do: {[b for b in range(1, 513) if rows % b == 0]}"
     if rest:
-        hint = "change --total_batch_size, --block_size or the number of processes"
+        hint = "no --batch_size does: change --total_batch_size, --block_size or the processes"
     fail(f"--total_batch_size={cfg.total_batch_size} does not divide into {world.size} processes x "
          f"--batch_size={cfg.batch_size} x --block_size={cfg.block_size}; {hint}")
 

@@ -255,8 +255,8 @@ class Run:
         for stream, value in values.items():
             self.log(step, stream, value)
             text += f" | {'loss' if stream == 'train' else stream} {value}"
-        hours = (self.cfg.max_steps - step - 1) * np.median(self.seconds[-100:]) / 3600
-        self.say(f"{text} | {self.speed(self.seconds[-1])} | {hours:.2f} h left")
+        minutes = (self.cfg.max_steps - step - 1) * np.median(self.seconds[-100:]) / 60
+        self.say(f"{text} | {self.speed(self.seconds[-1])} | {minutes:.0f} min left")
 
     def flush(self):
         """Log what is pending, so that nothing is evaluated or saved after a bad update."""

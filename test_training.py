@@ -511,7 +511,8 @@ def test_a_checkpoint_does_not_depend_on_the_order_of_options(monkeypatch, capsy
     assert "max_steps 8 -> 6" in out
     config["n_layer"] = 2
     torch.save({**checkpoint, "config": config}, "other.pt")
-    bad(capsys, lambda: train("gpt2", monkeypatch, *QUICK, "--resume=other.pt"), "another shape", "--n_layer=2")
+    options = [*QUICK, "--resume=other.pt", "--log_dir=log/other"]
+    bad(capsys, lambda: train("gpt2", monkeypatch, *options), "another shape", "--n_layer=2")
 
 
 @pytest.mark.parametrize("name, peak", [
