@@ -95,8 +95,7 @@ def shift(x, last):
 
 
 def wkv_step(r, log_w, k, v, a, b, state):
-    """Return y and the new state after one token. This is the definition of the time mix (section
-    3):
+    """Return y and the new state after one token: the definition of the time mix (section 3),
         S = S diag(w) + (S a) b^T + v k^T,   y = S r
     Vectors are float32 (B, H, N). The state S is (B, H, N, N), its rows belong to values and its
     columns to keys. With a = -key and b = rate * key the middle term removes from the state what
@@ -155,8 +154,8 @@ def wkv(r, log_w, k, v, a, b, state, chunk):
         (2) s = W S + U   with   X = (I - tril(a b^T, -1))^-1,   W = X a,   U = X tril(a k^T, -1) v
         (3) the next S = S + b^T s + k^T v, with the decay to the middle of the next chunk
         (4) y = r S + tril(r b^T) s + tril(r k^T) v
-    Only (2) and (3) go from chunk to chunk. As log_w > -0.6066, exponents stay below 0.6066 (C /
-    2 + 1), which is 20 for 64 tokens: fine in float32, too much for float16."""
+    Only (2) and (3) go from chunk to chunk. As log_w > -0.6066, the exponents of a chunk of C tokens
+    stay below 0.6066 (C / 2 + 1), which is 20 for 64 tokens: fine in float32, not in float16."""
     B, H, T, N = r.shape
     if T % chunk:
         r, log_w, k, v, a, b = (F.pad(x, (0, 0, 0, -T % chunk)) for x in (r, log_w, k, v, a, b))
