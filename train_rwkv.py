@@ -154,7 +154,7 @@ def wkv(r, log_w, k, v, a, b, state, chunk):
         (2) s = W S + U   with   X = (I - tril(a b^T, -1))^-1,   W = X a,   U = X tril(a k^T, -1) v
         (3) the next S = S + b^T s + k^T v, with the decay to the middle of the next chunk
         (4) y = r S + tril(r b^T) s + tril(r k^T) v
-    Only (2) and (3) go from chunk to chunk. As log_w > -0.6066, the exponents of a chunk of C tokens
+    Only (2) and (3) go from chunk to chunk. As log_w > -0.6066, exponents in a chunk of C tokens
     stay below 0.6066 (C / 2 + 1), which is 20 for 64 tokens: fine in float32, not in float16."""
     B, H, T, N = r.shape
     if T % chunk:
