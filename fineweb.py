@@ -286,6 +286,8 @@ class Files:
             # the name of an existing file is no pattern, even if it contains [ or *
             matches = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
             paths = [path for path in sorted(matches) if os.path.isfile(path)]
+            if os.path.isdir(pattern):
+                fail(f"--files {pattern}: this is a folder; use --files '{pattern}/*.txt'")
             if not paths:
                 fail(f"--files {pattern}: no such file; check the name")
             for path in paths:

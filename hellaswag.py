@@ -232,10 +232,8 @@ def load_hellaswag(cfg, world, tokenizer):
         world.local_first(download_or_say_why)
         if not os.path.exists(FILE):
             return None
-    try:
+    with explain(f"--hellaswag_file={cfg.hellaswag_file}", OSError, ValueError):
         items = load_items(cfg.hellaswag_file)[:cfg.hella_limit]
-    except (OSError, ValueError) as e:
-        fail(e)
     batch_tokens = cfg.batch_size * cfg.block_size
     return HellaSwag(items, tokenizer, cfg.block_size, batch_tokens, world, cfg.compile)
 
@@ -302,12 +300,12 @@ def main():
     tokenizer = get_tokenizer(vocab_size)
     if tokenizer is None:
         sys.exit(1)  # get_tokenizer has said why
-    try:
-        if args.hellaswag_file == FILE:
+    file = args.hellaswag_file
+    if file == FILE:
+        with explain(f"cannot download {FILE} (put it here, or use --hellaswag_file=FILE)", OSError):
             download()
-        items = load_items(args.hellaswag_file, args.style)[:args.hella_limit]
-    except (OSError, ValueError) as e:
-        fail(e)
+    with explain(f"--hellaswag_file={file}", OSError, ValueError):
+        items = load_items(file, args.style)[:args.hella_limit]
     batch_tokens = args.batch_size * block_size
     scorer = HellaSwag(items, tokenizer, block_size, batch_tokens, world, args.compile, args.style)
     start = time.time()

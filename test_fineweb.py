@@ -343,6 +343,7 @@ CUT_XZ = lzma.compress(b"hello" * 99)[:-9]
 WITHOUT_TEXT = b'{"text": "a"}\n{"id": 1, "body": "b"}\n'
 BAD = {  # case: files to make, options, what the one line must say
     "no match": ({}, "--files none*.txt", "none*.txt"),
+    "a folder": ({"books/a.txt": b"x"}, "--files books", "books/*.txt"),
     "unknown kind": ({"a.doc": b"x"}, "--files a.doc", "a.doc"),
     "not gzip": ({"a.jsonl.gz": b"hello"}, "--files a.jsonl.gz", "a.jsonl.gz"),
     "cut gzip": ({"a.txt.gz": CUT_GZIP}, "--files a.txt.gz", "a.txt.gz"),
