@@ -68,7 +68,7 @@ class RunConfig:
     training_options = {
         "total_batch_size", "batch_size", "max_steps", "warmup_steps", "learning_rate",
         "min_lr_ratio", "weight_decay", "beta1", "beta2", "grad_clip", "optimizer"}
-    # name: (least value, first value that is too large); default 1 to 2**40, floats from 0 on
+    # name: (least, bound) for least <= value < bound; others (1, 2**40), floats (0, inf)
     limits = {"beta1": (0, 1), "beta2": (0, 1), "seed": (0, 2**63)} | dict.fromkeys(
         ("max_steps", "warmup_steps", "eval_interval", "hella_limit", "checkpoint_interval",
          "keep_checkpoints", "sample_interval", "bench"), (0, 2**40))
@@ -100,13 +100,13 @@ def make_parser(Config):
         group = parser.add_argument_group(title)
         for name in names:
             kind, default = by_name[name].type, by_name[name].default
-            value = dict(type=boolean, nargs="?", const=True) if kind is bool else dict(type=kind)
-            text = f"{comments[name]} (default: {default})".replace("%", "%%")
-            group.add_argument(f"--{name}", metavar=kind.__name__, help=text, **value)
+            kinds = dict(type=boolean, nargs="?", const=True) if kind is bool else dict(type=kind)
+            text = f"{comments[name]} ({default=})".replace("%", "%%")
+            group.add_argument(f"--{name}", metavar=kind.__name__, help=text, **kinds)
     modes = parser.add_argument_group("instead of training")
     modes.add_argument("--sample", metavar="TEXT",
                        help="continue TEXT with the newest checkpoint, or with --resume=FILE")
-    modes.add_argument("--export", metavar="DIR", help="write that checkpoint for other software")
+    modes.add_argument("--export", metavar="DIR", help="write it as a Hugging Face folder instead")
     modes.add_argument("--bench", metavar="N", type=int, default=0,
                        help="time N training steps on random tokens, write nothing")
     return parser
@@ -160,7 +160,7 @@ class World:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
     def sum(self, x):
-        """Sum x over all processes, in place, and return it. (gloo has no average.)"""
+        """Sum x over all processes, in place, and return it (gloo, for CPUs, cannot average)."""
         if self.size > 1:
             dist.all_reduce(x)
         return x
@@ -189,7 +189,7 @@ def init_world(device, seed):
             torch.set_float32_matmul_precision("high")
         torch.empty(1, device=world.device)
         usable = world.device.type in ("cuda", "mps", "cpu")
-    except (RuntimeError, AssertionError, AttributeError):  # each missing backend raises its own
+    except (RuntimeError, AssertionError, AttributeError):  # what missing backends raise differs
         usable = False
     if not usable:
         fail(f"--device={device} cannot be used here: use cuda, mps or cpu, if PyTorch finds it")
@@ -205,21 +205,21 @@ def accumulation_steps(cfg, world):
     rows, rest = divmod(cfg.total_batch_size, cfg.block_size * world.size)
     if rest == 0 and rows % cfg.batch_size == 0:
         return rows // cfg.batch_size
-    hint = f"values of --batch_size that do: {[b for b in range(1, 513) if rows % b == 0]}"
+    hint = f"use a --batch_size that divides it: {[b for b in range(1, 513) if rows % b == 0]}"
     if rest:
         hint = "no --batch_size does: change --total_batch_size, --block_size or the processes"
-    fail(f"--total_batch_size={cfg.total_batch_size} does not divide into {world.size} processes x "
+    fail(f"--total_batch_size={cfg.total_batch_size} is no multiple of {world.size} processes x "
          f"--batch_size={cfg.batch_size} x --block_size={cfg.block_size}; {hint}")
 
 
-# dense bf16 peak in FLOP/s (NVIDIA's data sheets); the first that the device's name contains counts
+# dense bf16 peak in FLOP/s (NVIDIA's data sheets); the first name within the device's name is used
 PEAK_FLOPS = {
     "A100": 312e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989.4e12, "H200 NVL": 835e12,
     "H200": 989.4e12, "GH200": 989.4e12, "B200": 2250e12, "RTX 3090": 71e12, "RTX 4090": 165.2e12}
 
 
 def peak_flops(device_name):
-    """Return a GPU's peak, or None if it is unknown. An A1000 is no A100, and a Ti another chip."""
+    """Return a GPU's bf16 peak in FLOP/s, or None. An A1000 is no A100, and a Ti differs, too."""
     if not re.search(r"\b(Laptop|Ti|D|MIG)\b", device_name):
         for name, peak in PEAK_FLOPS.items():
             if re.search(rf"\b{name}\b", device_name):
@@ -260,7 +260,7 @@ class ShardLoader:
             print(f"{cfg.data_dir} has {len(self.tokens):,} tokens: they repeat after step {steps}")
 
     def load(self, start, rows):
-        """Read the tokens of some rows and the last one's target, in the loader's thread."""
+        """Read rows of tokens and the last target, in a thread; int16, as torch lacks uint16."""
         tokens = torch.from_numpy(self.tokens.read(start, rows * self.T + 1).view(np.int16))
         if self.world.device.type != "cuda":
             return tokens
@@ -268,9 +268,9 @@ class ShardLoader:
         return tokens.pin_memory()
 
     def batch(self, loading, rows):
-        """Return x and y, int64 (B, T) on the device, and the number of rows; those beyond it are
-        padding, with targets of -1."""
-        # the transfer takes 2 bytes per token; the device widens them and drops int16's sign
+        """Return x and y, int64 (B, T) on the device, and `rows`; the rows after these are padding
+        with targets of -1. loading: the future of self.load."""
+        # the transfer takes 2 bytes per token; & 0xFFFF makes the uint16 again that it was
         tokens = loading.result().to(self.world.device, non_blocking=True).long() & 0xFFFF
         padding = (0, (self.B - rows) * self.T)
         x, y = F.pad(tokens[:-1], padding), F.pad(tokens[1:], padding, value=-1)

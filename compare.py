@@ -7,7 +7,7 @@ Compare training runs: print one table, best run first, of finished runs and run
 
 A run is a folder with log.txt, run.json (its options) and hella_<step>.npy, which says for each
 HellaSwag item whether the model was right. A log.txt without run.json is read as build-nanogpt's,
-whose format is the same. Runs that differ only in their seed share a line: mean (least to most).
+whose format is the same. Runs that differ only in their seed share a row: mean (low to high).
 
 The lines are sorted by validation loss. Runs that are in progress, or that differ from most runs in
 their data (the name of the data folder), their tokens or their schedule, are not comparable: they
@@ -203,7 +203,7 @@ def usual_setting(groups):
     return max(settings, key=lambda setting: (settings.count(setting), setting["max_steps"]))
 
 
-def explain(group, usual):
+def reasons_not_comparable(group, usual):
     """Return the reasons why a group is not comparable with groups of the usual setting."""
     reasons = []
     for name, value in group.setting.items():
@@ -243,7 +243,7 @@ def rank(results):
     groups = cluster(results)
     described = [group for group in groups if group.results[0].has_run_json]
     for group in described:
-        group.reasons = explain(group, usual_setting(described))
+        group.reasons = reasons_not_comparable(group, usual_setting(described))
         group.remarks = remark(group, described)
         if sum(other.arch == group.arch for other in described) > 1:
             group.label += f" ({os.path.basename(group.results[0].folder)})"
@@ -254,9 +254,9 @@ def sign_test(wins, losses):
     """Return the two-sided p-value of the sign test: the chance that a fair coin splits at least
     as unevenly."""
     n = wins + losses
-    term = total = 1  # n over 0
+    term = total = 1  # n choose 0
     for k in range(min(wins, losses)):
-        term = term * (n - k) // (k + 1)  # n over k + 1
+        term = term * (n - k) // (k + 1)  # n choose k + 1
         total += term
     return min(1.0, 2 * total / 2 ** n)
 

@@ -1,7 +1,6 @@
 """
 Turn text into shards of GPT-2 tokens. Run this once, before training.
 
-    pip install numpy tiktoken datasets tqdm
     python fineweb.py                  # FineWeb sample-10BT to fineweb10B/: 10.3B tokens, 21 GB
     python fineweb.py --max_tokens 300000000  # a sample; downloads only the text that it needs
     python fineweb.py --pretokenized --max_tokens 1000000000  # published shards of the same data
@@ -66,12 +65,12 @@ def explain(message, *errors):
 
 @contextmanager
 def one_line_errors():
-    """Turn I/O and out-of-memory errors into one line; a decorator or a with statement."""
+    """Turn I/O and out-of-memory errors into one line. Use it as a decorator."""
     try:
         yield
     except OSError as e:
         fail(e)
-    except RuntimeError as e:  # PyTorch says so in the first way for a GPU, else in the second
+    except RuntimeError as e:  # PyTorch's words: the first for a GPU, the second for the CPU
         if "out of memory" not in str(e) and "can't allocate memory" not in str(e):
             raise
         fail("out of memory: lower --batch_size (the result is the same: gradients accumulate)")
@@ -89,6 +88,7 @@ def replacing(path):
     """Open path.tmp for writing; rename it to path once it is whole and on the disk; delete it
     after an error. Raise OSError, with the path, if it cannot be written."""
     try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         with open(path + ".tmp", "wb") as f:
             yield f
             f.flush()
@@ -97,7 +97,7 @@ def replacing(path):
     except BaseException as e:
         with suppress(OSError):
             os.unlink(path + ".tmp")
-        if isinstance(e, (OSError, RuntimeError)):  # torch.save makes the second of a full disk
+        if isinstance(e, OSError) or isinstance(e.__context__, OSError):  # torch.save wraps it
             raise OSError(f"cannot write {path}: {e}; what was there before is untouched") from e
         raise
 
@@ -188,8 +188,8 @@ def check(data_dir):
         fail(f"no shards (*.bin) in {data_dir}; give their folder with --data_dir")
     names = {path: os.path.basename(path) for path in paths}
     paths.sort(key=lambda path: "_val_" not in names[path])  # validation first: False comes first
-    row = "{:<28}{:>13}{:>11}{:>12}  {:<17}{}".format
-    print(row("shard", "tokens", "documents", "largest id", "starts with", "verdict"))
+    format_row = "{:<28}{:>13}{:>11}{:>12}  {:<17}{}".format
+    print(format_row("shard", "tokens", "documents", "largest id", "starts with", "verdict"))
     total = bad = 0
     for path in paths:
         count = documents = largest = 0
@@ -207,8 +207,9 @@ def check(data_dir):
         except (OSError, ValueError) as e:
             verdict = f"BAD: {e}"
         total += count
-        bad += verdict != "ok"
-        print(row(names[path], f"{count:,}", f"{documents:,}", largest, start, verdict))
+        if verdict != "ok":
+            bad += 1
+        print(format_row(names[path], f"{count:,}", f"{documents:,}", largest, start, verdict))
     present = {int(n) for n in re.findall(r"_(\d+)\.bin$", "\n".join(paths), re.MULTILINE)}
     missing = [str(i) for i in range(max(present, default=0)) if i not in present]
     gaps = f", MISSING: {', '.join(missing)}" if missing else ""
@@ -264,7 +265,8 @@ def json_texts(stream, path):
 
 def txt_texts(stream):
     """Yield the documents of a plain text: one, or several with <|endoftext|> between them."""
-    # newline="" keeps \r\n; the variable keeps the stream open after the loop
+    # newline="" keeps \r\n; without a name for it the stream would be closed after the loop, but
+    # Files.read still asks for its position
     lines = io.TextIOWrapper(stream, encoding="utf-8", newline="")
     parts = []  # of the current document
     for line in lines:
@@ -301,8 +303,9 @@ class Files:
         total_bytes = sum(self.sizes.values())
         bytes_before = 0  # in the files before the current one
         for i, (path, size) in enumerate(self.sizes.items()):
-            # `start` counts from the beginning of this file; a file that ends before is skipped
-            if i == len(self.counts) or start < self.counts[i]:
+            # counts[i] is known if file i was read to its end; skip it if `start` lies behind it
+            known = i < len(self.counts)
+            if not known or start < self.counts[i]:
                 count = 0
                 try:
                     with open(path, "rb") as raw:
@@ -312,7 +315,7 @@ class Files:
                                 yield text
                 except Exception as e:  # every format and every codec has its own exceptions
                     fail(f"{path}: cannot be read ({describe(e)}); repair it or leave it out")
-                if i == len(self.counts):
+                if not known:
                     self.counts.append(count)
             start = max(0, start - self.counts[i])
             bytes_before += size

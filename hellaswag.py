@@ -54,8 +54,10 @@ def download(path=FILE):
         raise OSError(f"{URL}: {e!r}") from None
     if len(data) != SIZE or hashlib.sha256(data).hexdigest() != SHA256:
         raise OSError(f"{URL} gave {len(data)} bytes that are not HellaSwag's validation set")
-    with replacing(path) as file:
+    part = f"{path}.{os.getpid()}"  # two runs may download at once
+    with replacing(part) as file:
         file.write(data)
+    os.replace(part, path)
 
 
 def parse_item(line, texts):
@@ -83,7 +85,7 @@ def load_items(path, style="completion"):
         try:
             for line in file:
                 items.append(parse_item(line, texts))
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             raise ValueError(
                 f"{path}, line {len(items) + 1}: not an item of the original file, which has "
                 f"{', '.join(texts)}, four endings and a label from 0 to 3") from None
@@ -98,9 +100,9 @@ def load_items(path, style="completion"):
 
 class Row(NamedTuple):
     """A context with one of its endings, as tokens."""
-    ids: list
-    n_ending: int  # how many of them, at the end, are the ending
-    characters: int = 0  # of the ending, where acc_norm divides its loss by them and not by tokens
+    ids: list  # tokens of the context, then of the ending
+    n_ending: int  # number of tokens of the ending
+    characters: int = 0  # number of characters of the ending, if acc_norm divides by them
 
 
 def render(item, encode):
@@ -159,6 +161,7 @@ class HellaSwag:
         for item in items:
             for ids, n_ending, characters in STYLES[style].render(item, tokenizer.encode_ordinary):
                 rows.append(Row(ids[-block_size:], min(n_ending, block_size - 1), characters))
+        # what acc_norm divides the loss of each ending by: (items, 4)
         self.lengths = torch.tensor([row.characters or row.n_ending for row in rows]).view(-1, 4)
         multiple = 64 if compile else 8
         by_width = defaultdict(list)
@@ -189,13 +192,13 @@ class HellaSwag:
 
     def losses(self, model, progress=False):
         """Return the summed loss of each ending: float32 (items, 4), on the CPU."""
-        if model is not self.model:  # what is compiled belongs to one model
+        if model is not self.model:  # compile hidden once for each model
             self.model = model
             self.hidden = model.hidden
             if self.compile:
                 self.hidden = torch.compile(model.hidden, dynamic=False)
         device = self.world.device
-        # ending tokens whose logits exist at once: their 25 MB fit the cache of a CPU
+        # ending tokens per call of lm_head: the logits of 128, 26 MB in fp32, fit a CPU's cache
         chunk = 128 if device.type == "cpu" else 8192
         losses = torch.zeros(self.lengths.numel(), device=device)
         with torch.no_grad(), self.world.autocast():
@@ -212,8 +215,8 @@ class HellaSwag:
     def score(self, model, progress=False):
         """Return which items are right: {"acc": bool (items,), "acc_norm": bool (items,)}."""
         losses = self.losses(model, progress)
-        right = {"acc": losses, "acc_norm": losses / self.lengths}
-        return {name: x.argmin(1).numpy() == self.labels for name, x in right.items()}
+        chosen = {"acc": losses.argmin(1), "acc_norm": (losses / self.lengths).argmin(1)}
+        return {name: ending.numpy() == self.labels for name, ending in chosen.items()}
 
 
 def load_hellaswag(cfg, world, tokenizer):
@@ -241,7 +244,7 @@ def load_hellaswag(cfg, world, tokenizer):
 # ---- command line --------------------------------------------------------------------------------
 
 class HuggingFace(torch.nn.Module):
-    """A transformers model with the two methods of which the scorer knows: hidden and lm_head."""
+    """A transformers model with the two methods that HellaSwag calls: hidden and lm_head."""
 
     def __init__(self, name):
         super().__init__()
@@ -270,9 +273,8 @@ def load_hf_model(name):
                  ValueError):
         model = HuggingFace(name)
     config = model.model.config
-    if config.vocab_size != 256 and not 50257 <= config.vocab_size <= 50304:
-        fail(f"{name} has {config.vocab_size} tokens: not GPT-2's vocabulary, with which items are "
-             "tokenised")
+    if config.vocab_size != 256 and not 50257 <= config.vocab_size <= 50304:  # 256: bytes
+        fail(f"{name} has {config.vocab_size} tokens: use a model with GPT-2's 50,257")
     return model, config.vocab_size, config.max_position_embeddings
 
 
@@ -296,14 +298,16 @@ def main():
     is_checkpoint = args.model.endswith(".pt") or os.path.isfile(args.model)
     load = load_checkpoint_model if is_checkpoint else load_hf_model
     model, vocab_size, block_size = load(args.model)
+    if block_size < 2:
+        fail(f"{args.model} has a context of one token, which leaves no room for an ending")
     world = init_world(args.device, seed=0)
     tokenizer = get_tokenizer(vocab_size)
     if tokenizer is None:
         sys.exit(1)  # get_tokenizer has said why
     file = args.hellaswag_file
     if file == FILE:
-        with explain(f"cannot download {FILE} (put it here, or use --hellaswag_file=FILE)", OSError):
-            download()
+        with explain(f"cannot download {FILE} (put it here, or pass --hellaswag_file)", OSError):
+            world.local_first(download)
     with explain(f"--hellaswag_file={file}", OSError, ValueError):
         items = load_items(file, args.style)[:args.hella_limit]
     batch_tokens = args.batch_size * block_size

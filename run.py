@@ -1,7 +1,7 @@
 """
-One run in its folder log_dir: log and console, checkpoints and how a run resumes from them, and the
-modes --sample and --export. A line of log.txt is `step stream value`; step counts the updates made
-before. No line depends on time, so a resumed run leaves the bytes of an uninterrupted one.
+A training run and its files in log_dir: log, console, checkpoints, resuming, and the modes --sample
+and --export. A line of log.txt is `step stream value`, where step counts the updates made before.
+No value depends on time, so the log of a resumed run equals that of an uninterrupted one.
 """
 import glob
 import json
@@ -48,7 +48,7 @@ def read_checkpoint(path):
         return checkpoint
     except pickle.UnpicklingError:
         reason = "it is damaged, or not plain data: it may hold code, which was not run"
-    except Exception as e:  # torch.load raises many kinds of error for a damaged file
+    except Exception as e:  # the error above, and the many that torch.load raises
         reason = str(e) or "it is empty"
     raise ValueError(f"{path} is not a readable checkpoint: {reason}")
 
@@ -64,8 +64,8 @@ def checkpoints(folder):
 
 
 def delete_old_checkpoints(folder, step, keep):
-    """Keep the newest checkpoints up to this step, or all if keep is 0. Later ones were passed over
-    as damaged when the run resumed: they do not count, and stay."""
+    """Delete the checkpoints up to this step but the newest `keep`, or none if keep is 0. Later
+    ones stay: they could not be read when the run resumed."""
     paths = [path for found, path in checkpoints(folder).items() if found <= step]
     for path in paths[keep:] if keep else []:
         os.remove(path)
@@ -94,15 +94,16 @@ def find_checkpoint(cfg, arch):
 
 def load_model(path, checkpoint, Config, Model):
     """Return the model of a checkpoint in the shape in which it was trained, for evaluation."""
-    with explain(f"{path} does not fit its script", TypeError, ValueError, RuntimeError):
+    with explain(f"{path} has options that its script does not know", TypeError, ValueError):
         model = Model(Config(**checkpoint["config"]))
+    with explain(f"{path} does not fit its script", AttributeError, RuntimeError):
         model.load_state_dict(checkpoint["model"])
     return model.eval()
 
 
 def resume(cfg, arch, world, model, optimizer):
-    """Load the checkpoint that --resume names, if any, into model and optimizer. Return its step
-    and its speed in tokens/s, or (0, None). End if results of this or another run would be lost."""
+    """Load the checkpoint that --resume names, if any, into model and optimizer. Return its path,
+    step and tokens/s, or (None, 0, None). End if results of this or another run would be lost."""
     path, checkpoint = find_checkpoint(cfg, arch) if cfg.resume else (None, {})
     step, folder = checkpoint.get("step", 0), cfg.log_dir
     message = f"no checkpoint in {folder}: starting at step 0"
@@ -123,26 +124,27 @@ def resume(cfg, arch, world, model, optimizer):
             fail(f"{path} has another shape or optimizer; to resume it use {' '.join(wanted)}")
         changes = "".join(f", {name} {saved.get(name)} -> {now[name]}" for name in differing)
         message = f"resumed {path} at step {step}{changes}"
-        with explain(f"{path} does not fit train_{arch}.py", RuntimeError):
+        with explain(f"{path} does not fit train_{arch}.py", AttributeError, RuntimeError):
             model.load_state_dict(checkpoint["model"])
         groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-        with explain(f"{path} holds no state of this optimizer", Exception):  # of many kinds
+        misfits = AttributeError, LookupError, TypeError, ValueError
+        with explain(f"{path} holds no state of this optimizer", *misfits):
             optimizer.load_state_dict(checkpoint["optimizer"])
         for group, options in zip(optimizer.param_groups, groups):
             group.update(options)  # weight decay, betas and so on are those of the command line
-    # a process at another step than the others finds a sum that is not the multiple of its own
+    # the sum over the processes is step * size only if all of them resume from the same step
     if world.sum(torch.tensor(float(step), device=world.device)) != step * world.size:
         fail(f"the processes find different checkpoints: they must share --log_dir={folder}")
     if cfg.resume and world.rank == 0:
         print(message, flush=True)
-    return step, checkpoint.get("tokens_per_second")
+    return path, step, checkpoint.get("tokens_per_second")
 
 
 # ---- log and console -----------------------------------------------------------------------------
 
 class Run:
-    """Log and console of a training run. Every process calls its methods; only rank 0 writes. On a
-    GPU the numbers of an update are read while the next one runs, so that it need not wait."""
+    """Log and console of a training run. Every process calls its methods; only rank 0 writes. The
+    numbers of an update on a GPU are read during the next update, so that the GPU never waits."""
 
     def __init__(self, cfg, arch, world, model, optimizer, bench):
         """Resume, if --resume says so. bench: number of steps to time, or 0."""
@@ -152,20 +154,22 @@ class Run:
         self.model = model
         self.optimizer = optimizer
         self.bench = bench
-        self.start_step, self.tokens_per_second = resume(cfg, arch, world, model, optimizer)
+        start = resume(cfg, arch, world, model, optimizer)
+        self.checkpoint, self.start_step, self.tokens_per_second = start
         self.cuda = world.device.type == "cuda"
         self.device_name = torch.cuda.get_device_name() if self.cuda else world.device.type
         self.flops_per_token = model.flops_per_token()
         self.pending = deque()  # updates whose numbers are still to be read
         self.lag = int(self.cuda)  # how many updates may be pending
         self.clock = time.perf_counter()  # when the oldest pending update began
-        self.seconds = []  # that each update took
-        self.signalled = False  # this process received SIGINT or SIGTERM
-        self.stopping = False  # some process did: all of them stop after the same step
-        self.checkpoint = None  # path of the newest that this process wrote
+        self.seconds = []  # the duration of each update
+        self.signalled = False  # whether this process received SIGINT or SIGTERM
+        self.stopping = False  # whether any process did: all of them stop after the same step
         self.log_path = os.path.join(cfg.log_dir, "log.txt")
-        self.file = None  # log.txt, in the process that writes
+        self.file = None  # the open log.txt, in the process that writes
         if world.rank == 0 and not bench:
+            here = shlex.quote(os.path.dirname(os.path.abspath(__file__)))
+            self.commit = subprocess.getoutput(f"git -C {here} rev-parse HEAD 2>/dev/null")
             self.open_log()
             self.write_info()
         for signum in signal.SIGINT, signal.SIGTERM:
@@ -176,7 +180,7 @@ class Run:
 
     def open_log(self):
         """Open log.txt, without its lines from start_step on. End if results would be lost."""
-        folder, lines = self.cfg.log_dir, []
+        folder, lines = self.cfg.log_dir, []  # lines: matches of (step, stream)
         if os.path.exists(self.log_path):
             with open(self.log_path, errors="replace", newline="\n") as file:
                 matches = [re.fullmatch(r"(\d+) (\w+) \S+\n", line) for line in file]
@@ -186,20 +190,17 @@ class Run:
             fail(f"{folder} holds a run: continue with --resume=auto, or use another --log_dir")
         if self.start_step == 0 and last >= self.cfg.checkpoint_interval > 0:
             fail(f"{folder} has a log but no checkpoint: put one back, or use another --log_dir")
-        os.makedirs(folder, exist_ok=True)
         with replacing(self.log_path) as file:
             file.write("".join(m[0] for m in lines if int(m[1]) < self.start_step).encode())
         self.file = open(self.log_path, "a", buffering=1)
 
     def write_info(self):
         """Write run.json. Its speed is that of the median step, without evaluations."""
-        here = shlex.quote(os.path.dirname(os.path.abspath(__file__)))
         info = {
             "arch": self.arch, "config": asdict(self.cfg), "params": self.model.num_params(),
             "flops_per_token": self.flops_per_token, "tokens_per_second": self.tokens_per_second,
-            "git_commit": subprocess.getoutput(f"git -C {here} rev-parse HEAD 2>/dev/null"),
             "device": self.device_name, "processes": self.world.size, "command": sys.argv,
-            "torch": torch.__version__, "python": sys.version.split()[0]}
+            "torch": torch.__version__, "python": sys.version, "git_commit": self.commit}
         with replacing(os.path.join(self.cfg.log_dir, "run.json")) as file:
             file.write(json.dumps(info, indent=1).encode())
 
@@ -212,7 +213,7 @@ class Run:
             print(text, flush=True)
 
     def on_signal(self, signum, frame):
-        """Finish the step, save and leave. Only a second Ctrl-C ends the process at once."""
+        """Let the loop stop after this step; a second Ctrl-C ends the process at once."""
         self.signalled = True
         if signum == signal.SIGINT:
             signal.signal(signum, signal.SIG_DFL)
@@ -225,14 +226,14 @@ class Run:
     def log_train(self, step, loss, norm, lr):
         """Log update `step`: loss and gradient norm (tensors) and learning rate."""
         extra = self.model.extra_logs() if hasattr(self.model, "extra_logs") else {}
-        signalled = torch.full_like(loss, self.signalled)  # summed, too: all processes learn of it
+        signalled = torch.full_like(loss, self.signalled)  # after the sum every process knows
         numbers = torch.stack([loss, norm, signalled, *extra.values()]) / self.world.size
         numbers = self.world.sum(numbers).to("cpu", non_blocking=self.cuda)
         copied = torch.cuda.Event() if self.cuda else None
         if copied:
             copied.record()
         self.pending.append((step, lr, list(extra), numbers, copied))
-        # the last update is read at once: the final evaluation depends on whether it was stopped
+        # the last update is read at once, because a stopped run skips the final evaluation
         lag = self.lag if step + 1 < self.cfg.max_steps else 0
         while len(self.pending) > lag:
             self.log_oldest()
@@ -245,9 +246,8 @@ class Run:
         self.seconds.append(time.perf_counter() - self.clock)
         self.clock += self.seconds[-1]
         if not math.isfinite(loss + norm):
-            newest = next(iter(checkpoints(self.cfg.log_dir).values()), "the start")
-            fail(f"step {step}: the loss is {loss}, the gradient norm {norm}; it was not saved. Go "
-                 f"back to {newest} with a lower --learning_rate or more --warmup_steps")
+            fail(f"step {step}: the loss is {loss}, the gradient norm {norm}; not saved. Go "
+                 f"back to {self.checkpoint or 'the start'}: less --learning_rate or more --warmup_steps")
         self.stopping = signalled > 0
         values = {"train": f"{loss:.6f}", "lr": f"{lr:.4e}", "norm": f"{norm:.4f}"}
         values |= {name: f"{value:.4f}" for name, value in zip(names, extra)}

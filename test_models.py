@@ -1,5 +1,5 @@
 """
-Everything that NanoTitan claims is checked on a CPU. One line installs what the tests need and runs them all:
+These tests check on a CPU what NanoTitan claims about its code. One line installs what they need and runs them all:
 
     pip install -r requirements.txt pytest pytest-xdist transformers rwkv "lm_eval[hf]" matplotlib && pytest -q -n 2
 
@@ -51,7 +51,7 @@ def assert_all_close(ours, theirs, atol, rtol=0.0):
         torch.testing.assert_close(a, b, atol=atol, rtol=rtol)
 
 
-# ---- the house -------------------------------------------------------------------------------------------------------
+# ---- what all scripts have in common ---------------------------------------------------------------------------------
 
 LOOP_BEGIN = "# ==== training loop: identical in every train_*.py ===="
 LOOP_END = "# ==== end of training loop ===="
@@ -85,7 +85,7 @@ def test_the_training_options_are_the_same_in_every_script():
         return [(name, default[name]) for name in Config.option_groups()[group] if name not in without]
 
     for arch in ARCHS:
-        own = OWN_OPTIONS.get(arch, []) + OWN_OPTIONS["gpt2"]
+        own = OWN_OPTIONS.get(arch, []) + OWN_OPTIONS["gpt2"]  # GPT-2 is the one compared with
         assert defaults(arch, "training", own) == defaults("gpt2", "training", own), arch
         assert defaults(arch, "run", ["log_dir"]) == defaults("gpt2", "run", ["log_dir"]), arch
         assert SCRIPTS[arch].Config().log_dir == f"log/{arch}"
@@ -93,7 +93,7 @@ def test_the_training_options_are_the_same_in_every_script():
     assert SCRIPTS["rwkv"].Config().batch_size == 32
 
 
-# what describes the model, counted by hand: a checkpoint fits no other values of these
+# the options of each model's shape, listed by hand: a checkpoint can only be resumed with the same values
 MODEL_OPTIONS = {
     "gpt2": {"n_head"},
     "llama": {"n_head", "n_kv_head", "ffn_dim", "rope_theta", "norm_eps"},
@@ -154,9 +154,9 @@ EXCEPTIONS = [
     Difference("Model.configure_optimizers", "deepseek | gemma llama mistral phi | gpt2 | rwkv",
                "experts in DeepSeek, other names and positions in GPT-2, three groups in RWKV"),
     Difference("Model.flops_per_token", "deepseek | gemma | gpt2 | llama phi | mistral | rwkv",
-               "idle experts, windows, learned positions, and a state cost other products"),
+               "idle experts, windows, learned positions and RWKV's state are counted differently"),
     Difference("Model.forward", "deepseek | gemma gpt2 llama mistral phi | rwkv",
-               "the loss has companions in DeepSeek and L2Wrap in RWKV"),
+               "extra losses in DeepSeek, L2Wrap in RWKV"),
     Difference("Model.hidden", "deepseek | gemma | gpt2 | llama phi | mistral | rwkv",
                "each hands its blocks something else: rope, masks, positions, a state"),
     Difference("Model.num_params", "deepseek | gemma llama mistral phi | gpt2 | rwkv",
@@ -165,7 +165,7 @@ EXCEPTIONS = [
                "a default of eps in DeepSeek; the weight starts at 0 in Gemma"),
     Difference("RMSNorm.forward", "deepseek llama mistral phi | gemma", "Gemma multiplies by 1 + w"),
     Difference("main", "deepseek gemma llama mistral phi rwkv | gpt2",
-               "GPT-2's --init_from brings a shape of its own, in a line before the loop"),
+               "--init_from sets GPT-2's shape in a line before the loop"),
     Difference("rotate", "deepseek | gemma llama mistral | phi",
                "DeepSeek turns pairs of neighbours, Phi a part of the head"),
     Difference("to_hf", ALL_SEVEN, "each has its own class in transformers, RWKV its own format of checkpoints"),
@@ -214,7 +214,7 @@ def test_same_names_are_the_same_code():
 @each_arch
 def test_importing_a_script_starts_nothing(arch):
     code = (f"import sys, train_{arch}; "
-            "assert not [m for m in sys.modules if m.startswith(('transformers', 'datasets', 'wandb'))]")
+            "assert not [m for m in sys.modules if m.startswith(('transformers', 'datasets'))]")
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
@@ -1624,6 +1624,11 @@ def test_gpt2_starts_from_published_weights(monkeypatch, capsys):
         config = json.load(f)["config"]
     assert (config["n_layer"], config["block_size"], config["init_from"]) == (3, 48, "published")
     script.Config(init_from="missing")  # a Config reads no file
+    with open("published/config.json") as f:
+        config = json.load(f)
+    with open("published/config.json", "w") as f:
+        json.dump({**config, "n_head": 5}, f)
+    bad(capsys, lambda: train("gpt2", monkeypatch, "--init_from=published"), "published", "n_head=5")
     os.mkdir("empty")
     options = ["--tiny", "--total_batch_size=1024", "--batch_size=1", "--init_from=empty"]
     bad(capsys, lambda: train("gpt2", monkeypatch, *options), "--init_from=empty")

@@ -289,6 +289,7 @@ def test_hellaswag_items_longer_than_the_context_lose_its_start():
     ('{"ctx": "a", "endings": ["b", "c", "d", "e"], "label": 4}', "line 2"),
     ("not json", "line 2"),
     ("[]", "line 2"),
+    ('{"ctx": "a", "endings": ["b", "c", "d", "e"], "label": Infinity}', "line 2"),
     ('{"ctx": 3, "endings": ["b", "c", "d", "e"], "label": 1}', "line 2"),
     ('{"ctx": "a", "endings": "bcde", "label": 1', "line 2"),
 ])
@@ -336,6 +337,7 @@ def test_hellaswag_is_fetched_whole_or_not_at_all(monkeypatch, capsys):
         train("gpt2", monkeypatch, *QUICK, "--hella_limit=10", "--log_dir=log/b")
     with open(hellaswag.FILE, "rb") as f:
         assert f.read() == data
+    assert sorted(os.listdir()) == [hellaswag.FILE, "log", "tiny_data"]
     assert re.findall(r"^(\d+) hella [01]\.\d{4}$", log_of("log/b").decode(), re.M) == ["0", "4", "8"]
     assert np.load("log/b/hella_8.npy").shape == (6,)
 
@@ -907,6 +909,19 @@ def test_a_full_disk_leaves_no_half_export(arch, monkeypatch, capsys):
     export()
 
 
+def test_a_folder_that_disappears_is_made_again(monkeypatch):
+    save = run.Run.save
+
+    def after_a_mishap(self, step):
+        if step == 2:
+            shutil.rmtree("log/gpt2-tiny")
+        save(self, step)
+
+    monkeypatch.setattr(run.Run, "save", after_a_mishap)
+    train("gpt2", monkeypatch, *QUICK)
+    assert len(checkpoints()) == 4
+
+
 def test_the_newest_checkpoints_stay(monkeypatch):
     def files(*steps):
         return [f"log/gpt2-tiny/model_{step:05d}.pt" for step in steps]
@@ -943,6 +958,26 @@ def test_a_bad_update_stops_the_run_and_is_never_saved(monkeypatch, capsys):
     bad(capsys, lambda: train("gpt2", monkeypatch, *options), "step", "learning_rate")
     for path in checkpoints():
         assert all(p.isfinite().all() for p in run.read_checkpoint(path)["model"].values())
+
+
+def test_a_bad_update_names_the_checkpoint_that_was_loaded(monkeypatch, capsys):
+    """Not a newer one that cannot be read, and not one of the folder when the run came from elsewhere."""
+    train("gpt2", monkeypatch, *QUICK)
+    overwrite("log/gpt2-tiny/model_00008.pt", b"half")
+    options = [*QUICK, "--learning_rate=1e30", "--warmup_steps=0", "--grad_clip=1e30"]
+    bad(capsys, lambda: train("gpt2", monkeypatch, *options, "--resume=auto"), "model_00006.pt")
+    elsewhere = ["--resume=log/gpt2-tiny/model_00004.pt", "--log_dir=log/b"]
+    bad(capsys, lambda: train("gpt2", monkeypatch, *options, *elsewhere), "log/gpt2-tiny/model_00004.pt")
+    bad(capsys, lambda: train("gpt2", monkeypatch, *options, "--bench=3"), "the start")
+
+
+def test_out_of_memory_while_resuming_is_not_a_misfit(monkeypatch, capsys):
+    def load_state_dict(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 13 GiB")
+
+    train("gpt2", monkeypatch, *QUICK)
+    monkeypatch.setattr(torch.optim.AdamW, "load_state_dict", load_state_dict)
+    bad(capsys, lambda: train("gpt2", monkeypatch, *QUICK, "--resume=auto"), "error: out of memory")
 
 
 @pytest.mark.parametrize("error", [

@@ -1,27 +1,29 @@
 """
 DeepSeek-V3 (DeepSeek-AI 2024, "DeepSeek-V3 Technical Report", arXiv 2412.19437). It differs from
 LLaMA 3 in these points:
-- Multi-head latent attention: queries, and keys with values, pass through narrow latents. Only a
-  few dimensions carry a rotary position, and there all heads share one key (section 2.1.1).
-- Mixture of experts: a sigmoid router chooses 2 of 8 small MLPs for each token, and all tokens use
-  one more. The first layer has a normal MLP (section 2.1.2).
-- Load balancing: a bias per expert, adjusted after each update, affects which experts are chosen
-  but not their weights. A weak loss per sequence helps (section 2.1.2).
+- Multi-head latent attention: queries are computed from a narrow latent, and keys and values from
+  another. Only qk_rope_head_dim dimensions of a query or key are rotated by position, and this part
+  of the key is the same for all heads (section 2.1.1).
+- Mixture of experts: for each token a sigmoid router chooses 2 of 8 small MLPs, and one more, the
+  shared expert, serves all tokens (section 2.1.2). The first layer has a dense MLP instead, as have
+  the first three of V3's 61 layers (section 4.2).
+- Load balancing: a bias per expert, adjusted after each step, affects which experts are chosen but
+  not their weights. A weak balance loss for each sequence is added (section 2.1.2).
 - Multi-token prediction: in training, one more block predicts the token after the next (section
   2.2).
 - All weights start with a standard deviation of 0.006 (section 4.2).
-V3's groups of experts, which save traffic between nodes, are an option. V3's head is a matrix of
-its own; here it is the embedding. Of 122,999,040 parameters a token uses 84,070,656; the block that
-only serves training has 8,212,864 more.
+Experts can be limited to the best groups, as V3 does to save traffic between nodes; the default is
+one group. V3 has a separate output head; here the head is the embedding. Of 122,999,040 parameters
+a token uses 84,070,656; the block that only serves training has 8,212,864 more.
 
 What to expect: multi-token prediction costs 269 M of the 887 M FLOPs per token, in training only:
 logged losses, HellaSwag, samples and exports leave it out, and --mtp=false turns it off. The
 standard deviation of 0.006 was chosen for a width of 7,168 and learns slowly in small models and
-short runs (--tiny ends at a validation loss of 1.80 with its 0.02, and at 2.60 with 0.006), so also
-run --init_std=0.02 before you rank it. The log's maxvio says by how much of its fair share the
-busiest expert of the worst layer exceeds it: 0 is ideal, 3 the worst. The bias needs hundreds of
-steps: in the README's small run maxvio averages 2.96, 0.96, 0.27 and 0.17 in tenths 1, 4, 7 and 10
-of 1,250 steps.
+short runs: --tiny ends at a validation loss of 1.80 with its init_std of 0.02, and at 2.60 with
+0.006. So also run --init_std=0.02 before you rank it. The log's maxvio is the load of the busiest
+expert in the worst layer, divided by the mean load, minus 1: 0 is ideal, 3 the worst. The bias
+needs hundreds of steps: in the README's small run maxvio averages 2.96, 0.96, 0.27 and 0.17 in
+tenths 1, 4, 7 and 10 of 1,250 steps.
 
 Run it:
   python train_deepseek.py --tiny                # a small model on built-in text, a minute on a CPU
@@ -29,7 +31,7 @@ Run it:
   torchrun --nproc_per_node=8 train_deepseek.py  # eight GPUs: the same result, sooner
   torchrun --nproc_per_node=8 train_deepseek.py --resume=auto
   python train_deepseek.py --sample="Hello, I'm a language model,"
-and on each of two nodes, of which HOST is one:
+and on each of two nodes, where HOST is the address of one of them:
   torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST train_deepseek.py
 """
 from dataclasses import dataclass
@@ -53,43 +55,43 @@ ARCH = "deepseek"
 class Config(RunConfig):
     # model
     block_size: int = 1024  # context length in tokens
-    vocab_size: int = 50304  # GPT-2's 50,257 tokens, padded to a multiple of 128; if smaller: bytes
+    vocab_size: int = 50304  # GPT-2's 50,257 and padding; below 50,257 a token is a byte
     n_layer: int = 12  # number of blocks
     n_head: int = 12  # number of attention heads
     n_embd: int = 768  # width of the residual stream
     q_lora_rank: int = 384  # width of the latent of queries
-    kv_lora_rank: int = 256  # width of the latent of keys and values; 4 heads, as in V2 and V3
+    kv_lora_rank: int = 256  # width of the latent of keys and values; 4 x v_head_dim, as in V3
     # flash attention wants one width for queries, keys and values, so nope + rope = v
     qk_nope_head_dim: int = 40  # dimensions of a query or key without position; V3: 128
     qk_rope_head_dim: int = 24  # dimensions of a query or key with rotary position; V3: 64
     v_head_dim: int = 64  # dimensions of a value; V3: 128
     rope_theta: float = 10000.0  # base of the rotary wavelengths
     init_std: float = 0.006  # standard deviation of all initial weights
-    n_dense_layer: int = 1  # number of first blocks with a normal MLP instead of experts
-    ffn_dim: int = 2304  # hidden width of that MLP; 9 experts, as in V3
+    n_dense_layer: int = 1  # number of first blocks with a dense MLP instead of experts; V3: 3
+    ffn_dim: int = 2304  # hidden width of the dense MLP; 9 x moe_ffn_dim, as in V3
     moe_ffn_dim: int = 256  # hidden width of an expert
     n_routed_experts: int = 8  # number of experts to choose from
     n_activated_experts: int = 2  # number of these that a token uses
     n_shared_experts: int = 1  # number of experts that every token uses
     n_group: int = 1  # number of groups of experts; V3: 8, one per node
-    topk_group: int = 1  # number of groups from which a token's experts may come; V3: 4
-    route_scale: float = 1.41  # factor of experts' weights, about 1 / their initial norm; V3: 2.5
+    topk_group: int = 1  # number of best groups to which a token's choice is limited; V3: 4
+    route_scale: float = 1.41  # factor of the sum of routed experts, about sqrt(2); V3: 2.5
     mtp: bool = True  # train with multi-token prediction
     # training
     total_batch_size: int = 524288  # tokens per step
-    batch_size: int = 64  # sequences per device and micro-step; lower it if memory runs out
-    max_steps: int = 19073  # number of steps; by default 10.0B tokens, an epoch of FineWeb 10BT
+    batch_size: int = 64  # sequences per device and micro-batch; lower it if memory runs out
+    max_steps: int = 19073  # number of steps; by default 10.0B of FineWeb 10BT's 10.3B tokens
     warmup_steps: int = 715  # steps of linear warm-up; by default 375M tokens, as GPT-3
     learning_rate: float = 6e-4  # peak learning rate (GPT-3, table 2.1)
     min_lr_ratio: float = 0.1  # learning rate at the end of the cosine, as a fraction of the peak
     weight_decay: float = 0.1  # weight decay of matrices and embeddings
-    beta1: float = 0.9  # AdamW: decay of the mean of gradients
-    beta2: float = 0.95  # AdamW: decay of the mean of squared gradients
+    beta1: float = 0.9  # AdamW: decay rate of the running mean of gradients
+    beta2: float = 0.95  # AdamW: decay rate of the running mean of squares
     grad_clip: float = 1.0  # largest global norm of the gradient
-    optimizer: str = "adamw"  # adamw, or muon for the matrices inside the blocks
-    bias_update_speed: float = 0.001  # step size of the expert biases (gamma); 0 at the end
+    optimizer: str = "adamw"  # adamw, or muon for the matrices in the blocks and AdamW for the rest
+    bias_update_speed: float = 0.001  # gamma, change of a bias per step; 0 in the last 3%
     balance_loss_alpha: float = 0.0001  # weight of the sequence-wise balance loss
-    mtp_loss_weight: float = 0.3  # weight of multi-token prediction (lambda); later a third of it
+    mtp_loss_weight: float = 0.3  # weight of multi-token prediction's loss; a third of it at the end
     # run: see RunConfig in common.py
     log_dir: str = f"log/{ARCH}"
     training_options = RunConfig.training_options | {
@@ -209,7 +211,7 @@ def topk(x, k):
 
 
 class Gate(nn.Module):
-    """The router, equations 12 to 20."""
+    """The router: it selects the experts of each token and their weights (equations 13 to 20)."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -229,7 +231,7 @@ class Gate(nn.Module):
         with torch.no_grad():
             # the bias takes part in the choice alone (16)
             choice = (score + self.e_score_correction_bias).unflatten(-1, (cfg.n_group, -1))
-            # a group is as good as its two best experts; the best groups stay
+            # node-limited routing (section 2.1.2): the groups with the best two experts, summed
             best_two, _ = topk(choice, 2)
             _, groups = topk(best_two.sum(-1), cfg.topk_group)
             outside = torch.ones_like(choice[..., 0], dtype=torch.bool).scatter(-1, groups, False)
@@ -239,7 +241,7 @@ class Gate(nn.Module):
             if self.training:
                 # two sums, as a single one keeps few of a GPU's cores busy
                 self.load += self.one_hot(expert).sum(1).sum(0)
-        # (13), (14): weights, without the bias
+        # (13), (14): weights from the scores without the bias; route_scale as in V3's code
         weight = score.gather(-1, expert)
         weight = cfg.route_scale * weight / (weight.sum(-1, keepdim=True) + 1e-20)
         return expert, weight, self.balance_loss(score) if self.training else 0.0
@@ -300,12 +302,12 @@ class Experts(nn.Module):
         x, gate_up_proj, down_proj = (y.to(dtype) for y in (x, self.gate_up_proj, self.down_proj))
         if torch.compiler.is_compiling() and dtype == torch.float32:
             return self.definition(x, expert, weight)
-        # sort the N * K pairs of a token and an expert by expert; ends[e] is where expert e's end
+        # sort all N * K (token, expert) pairs by expert; ends[e] is the end of expert e's pairs
         N, K = expert.shape
-        group, order = expert.flatten().sort(stable=True)
+        sorted_expert, order = expert.flatten().sort(stable=True)
         inverse = torch.empty_like(order).scatter(0, order, torch.arange(N * K, device=x.device))
         experts = torch.arange(len(down_proj), device=x.device)
-        ends = torch.searchsorted(group, experts, right=True, out_int32=True)
+        ends = torch.searchsorted(sorted_expert, experts, right=True, out_int32=True)
         rows = Permute.apply(x.repeat_interleave(K, dim=0), order, inverse)
         # each expert's MLP on its rows
         gate, up = F.grouped_mm(rows, gate_up_proj.transpose(1, 2), offs=ends).chunk(2, dim=-1)
@@ -464,8 +466,7 @@ class Model(nn.Module):
         self.updates += 1
 
     def extra_logs(self):
-        """Return maxvio: by how much of its fair share the busiest expert of the worst layer
-        exceeded it in the last step."""
+        """Return maxvio of the last step: an expert's highest load / the mean load, minus 1."""
         return {"maxvio": self.maxvio}
 
     def num_params(self):

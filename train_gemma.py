@@ -23,7 +23,7 @@ Run it:
   torchrun --nproc_per_node=8 train_gemma.py  # eight GPUs: the same result, sooner
   torchrun --nproc_per_node=8 train_gemma.py --resume=auto
   python train_gemma.py --sample="Hello, I'm a language model,"
-and on each of two nodes, of which HOST is one:
+and on each of two nodes, where HOST is the address of one of them:
   torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST train_gemma.py
 """
 import math
@@ -48,7 +48,7 @@ ARCH = "gemma"
 class Config(RunConfig):
     # model
     block_size: int = 1024  # context length in tokens
-    vocab_size: int = 50304  # GPT-2's 50,257 tokens, padded to a multiple of 128; if smaller: bytes
+    vocab_size: int = 50304  # GPT-2's 50,257 and padding; below 50,257 a token is a byte
     n_layer: int = 12  # number of blocks
     n_head: int = 12  # number of query heads
     n_kv_head: int = 3  # number of key-value heads, each shared by n_head / n_kv_head query heads
@@ -58,26 +58,26 @@ class Config(RunConfig):
     rope_theta: float = 1e6  # base of the rotary wavelengths in global layers
     rope_theta_local: float = 1e4  # base of the rotary wavelengths in local layers
     norm_eps: float = 1e-6  # epsilon of RMSNorm
-    window: int = 256  # positions that a position sees in local layers, itself included
+    window: int = 256  # number of tokens that attention sees in local layers, its own included
     window_pattern: int = 6  # every Nth layer is global, the others are local
     # training
     total_batch_size: int = 524288  # tokens per step
-    batch_size: int = 64  # sequences per device and micro-step; lower it if memory runs out
-    max_steps: int = 19073  # number of steps; by default 10.0B tokens, an epoch of FineWeb 10BT
+    batch_size: int = 64  # sequences per device and micro-batch; lower it if memory runs out
+    max_steps: int = 19073  # number of steps; by default 10.0B of FineWeb 10BT's 10.3B tokens
     warmup_steps: int = 715  # steps of linear warm-up; by default 375M tokens, as GPT-3
     learning_rate: float = 6e-4  # peak learning rate (GPT-3, table 2.1)
     min_lr_ratio: float = 0.1  # learning rate at the end of the cosine, as a fraction of the peak
     weight_decay: float = 0.1  # weight decay of matrices and embeddings
-    beta1: float = 0.9  # AdamW: decay of the mean of gradients
-    beta2: float = 0.95  # AdamW: decay of the mean of squared gradients
+    beta1: float = 0.9  # AdamW: decay rate of the running mean of gradients
+    beta2: float = 0.95  # AdamW: decay rate of the running mean of squares
     grad_clip: float = 1.0  # largest global norm of the gradient
-    optimizer: str = "adamw"  # adamw, or muon for the matrices inside the blocks
+    optimizer: str = "adamw"  # adamw, or muon for the matrices in the blocks and AdamW for the rest
     # run: see RunConfig in common.py
     log_dir: str = f"log/{ARCH}"
 
     def __post_init__(self):
         if self.head_dim < 2 or self.head_dim % 2:
-            raise ValueError(f"--head_dim={self.head_dim} is not even")
+            raise ValueError(f"--head_dim={self.head_dim} must be even: positions rotate pairs")
         if self.n_kv_head < 1 or self.n_head % self.n_kv_head:
             raise ValueError(f"--n_head={self.n_head} is not a multiple of "
                              f"--n_kv_head={self.n_kv_head}")
@@ -234,15 +234,15 @@ class Model(nn.Module):
         for name, theta in ("rope_local", cfg.rope_theta_local), ("rope_global", cfg.rope_theta):
             rope = rope_table(cfg.block_size, cfg.head_dim, theta)
             self.register_buffer(name, rope, persistent=False)
-        self.block_mask = None  # of local layers in rows of block_size; compile() makes it on CUDA
-        # as transformers, since the report gives no initialisation; residual projections need no
-        # smaller one, as a norm follows them
+        self.block_mask = None  # flex_attention's mask for T = block_size; set by compile() on CUDA
+        # the report gives no initialisation: 0.02 as in transformers; the output projections need
+        # no smaller one, because a norm follows them
         for p in self.parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
 
     def compile(self, **options):
-        """Compile as nn.Module does; on CUDA, flex_attention then gets the rows of block_size."""
+        """Compile the model, after making the block mask that flex_attention needs on CUDA."""
         device = self.lm_head.weight.device
         if device.type == "cuda":
             self.block_mask = window_block_mask(self.cfg.block_size, self.cfg.window, device)

@@ -23,7 +23,7 @@ Run it:
   torchrun --nproc_per_node=8 train_gpt2.py  # eight GPUs: the same result, sooner
   torchrun --nproc_per_node=8 train_gpt2.py --resume=auto
   python train_gpt2.py --sample="Hello, I'm a language model,"
-and on each of two nodes, of which HOST is one:
+and on each of two nodes, where HOST is the address of one of them:
   torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST train_gpt2.py
 """
 import math
@@ -36,7 +36,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from common import (Optimizers, RunConfig, ShardLoader, accumulation_steps, cosine_lr, init_world,
                     parse_args)
-from fineweb import fail, get_tokenizer, one_line_errors
+from fineweb import explain, get_tokenizer, one_line_errors
 from hellaswag import load_hellaswag
 from run import Run, use_checkpoint
 
@@ -47,22 +47,22 @@ ARCH = "gpt2"
 class Config(RunConfig):
     # model
     block_size: int = 1024  # context length in tokens
-    vocab_size: int = 50304  # GPT-2's 50,257 tokens, padded to a multiple of 128; if smaller: bytes
+    vocab_size: int = 50304  # GPT-2's 50,257 and padding; below 50,257 a token is a byte
     n_layer: int = 12  # number of blocks
     n_head: int = 12  # number of attention heads
     n_embd: int = 768  # width of the residual stream
     # training
     total_batch_size: int = 524288  # tokens per step
-    batch_size: int = 64  # sequences per device and micro-step; lower it if memory runs out
-    max_steps: int = 19073  # number of steps; by default 10.0B tokens, an epoch of FineWeb 10BT
+    batch_size: int = 64  # sequences per device and micro-batch; lower it if memory runs out
+    max_steps: int = 19073  # number of steps; by default 10.0B of FineWeb 10BT's 10.3B tokens
     warmup_steps: int = 715  # steps of linear warm-up; by default 375M tokens, as GPT-3
     learning_rate: float = 6e-4  # peak learning rate (GPT-3, table 2.1)
     min_lr_ratio: float = 0.1  # learning rate at the end of the cosine, as a fraction of the peak
     weight_decay: float = 0.1  # weight decay of matrices and embeddings
-    beta1: float = 0.9  # AdamW: decay of the mean of gradients
-    beta2: float = 0.95  # AdamW: decay of the mean of squared gradients
+    beta1: float = 0.9  # AdamW: decay rate of the running mean of gradients
+    beta2: float = 0.95  # AdamW: decay rate of the running mean of squares
     grad_clip: float = 1.0  # largest global norm of the gradient
-    optimizer: str = "adamw"  # adamw, or muon for the matrices inside the blocks
+    optimizer: str = "adamw"  # adamw, or muon for the matrices in the blocks and AdamW for the rest
     init_from: str = ""  # published model to start from: gpt2, gpt2-medium, ..., or a folder
     # run: see RunConfig in common.py
     log_dir: str = f"log/{ARCH}"
@@ -107,7 +107,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(cfg.n_embd)  # eps 1e-5
+        self.ln_1 = nn.LayerNorm(cfg.n_embd)
         self.attn = CausalSelfAttention(cfg)
         self.ln_2 = nn.LayerNorm(cfg.n_embd)
         self.mlp = MLP(cfg)
@@ -168,8 +168,8 @@ class Model(nn.Module):
         return {"total": total, "active": total, "non_embedding": total - embedding}
 
     def flops_per_token(self):
-        """Return the FLOPs of forward and backward pass: 6 N + 12 L d T (PaLM paper, appendix B). N
-        counts all parameters but the positions."""
+        """Return the FLOPs of forward and backward pass: 6 N + 12 L d T (PaLM paper, appendix B),
+        for N parameters without the positions, L layers of width d, and T positions."""
         cfg = self.cfg
         n = self.num_params()["total"] - self.transformer.wpe.weight.numel()
         return 6 * n + 12 * cfg.n_layer * cfg.n_embd * cfg.block_size
@@ -200,17 +200,16 @@ def with_published_shape(cfg):
     if not cfg.init_from:
         return cfg
     hf = published("GPT2Config", cfg.init_from)
-    return replace(cfg, block_size=hf.n_positions, vocab_size=hf.vocab_size, n_layer=hf.n_layer,
-                   n_head=hf.n_head, n_embd=hf.n_embd)
+    with explain(f"--init_from={cfg.init_from}", ValueError):
+        return replace(cfg, block_size=hf.n_positions, vocab_size=hf.vocab_size,
+                       n_layer=hf.n_layer, n_head=hf.n_head, n_embd=hf.n_embd)
 
 
 def published(kind, name):
     """Return the GPT2Config or GPT2LMHeadModel of a Hugging Face name or folder."""
-    try:
+    with explain(f"--init_from={name}", ImportError, OSError):
         import transformers
         return getattr(transformers, kind).from_pretrained(name)
-    except (ImportError, OSError) as e:
-        fail(f"--init_from={name}: {e}")
 
 
 def transpose_conv1d(state_dict):

@@ -20,7 +20,7 @@ Run it:
   torchrun --nproc_per_node=8 train_mistral.py  # eight GPUs: the same result, sooner
   torchrun --nproc_per_node=8 train_mistral.py --resume=auto
   python train_mistral.py --sample="Hello, I'm a language model,"
-and on each of two nodes, of which HOST is one:
+and on each of two nodes, where HOST is the address of one of them:
   torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST train_mistral.py
 """
 import math
@@ -45,7 +45,7 @@ ARCH = "mistral"
 class Config(RunConfig):
     # model
     block_size: int = 1024  # context length in tokens
-    vocab_size: int = 50304  # GPT-2's 50,257 tokens, padded to a multiple of 128; if smaller: bytes
+    vocab_size: int = 50304  # GPT-2's 50,257 and padding; below 50,257 a token is a byte
     n_layer: int = 12  # number of blocks
     n_head: int = 12  # number of query heads
     n_kv_head: int = 3  # number of key-value heads; 4 query heads share one, as in the 7B model
@@ -53,26 +53,26 @@ class Config(RunConfig):
     ffn_dim: int = 2432  # hidden width of the MLP
     rope_theta: float = 10000.0  # base of the rotary wavelengths
     norm_eps: float = 1e-5  # epsilon of RMSNorm
-    window: int = 256  # number of positions that a position sees, itself included
+    window: int = 256  # number of tokens that attention sees, its own included
     # training
     total_batch_size: int = 524288  # tokens per step
-    batch_size: int = 64  # sequences per device and micro-step; lower it if memory runs out
-    max_steps: int = 19073  # number of steps; by default 10.0B tokens, an epoch of FineWeb 10BT
+    batch_size: int = 64  # sequences per device and micro-batch; lower it if memory runs out
+    max_steps: int = 19073  # number of steps; by default 10.0B of FineWeb 10BT's 10.3B tokens
     warmup_steps: int = 715  # steps of linear warm-up; by default 375M tokens, as GPT-3
     learning_rate: float = 6e-4  # peak learning rate (GPT-3, table 2.1)
     min_lr_ratio: float = 0.1  # learning rate at the end of the cosine, as a fraction of the peak
     weight_decay: float = 0.1  # weight decay of matrices and embeddings
-    beta1: float = 0.9  # AdamW: decay of the mean of gradients
-    beta2: float = 0.95  # AdamW: decay of the mean of squared gradients
+    beta1: float = 0.9  # AdamW: decay rate of the running mean of gradients
+    beta2: float = 0.95  # AdamW: decay rate of the running mean of squares
     grad_clip: float = 1.0  # largest global norm of the gradient
-    optimizer: str = "adamw"  # adamw, or muon for the matrices inside the blocks
+    optimizer: str = "adamw"  # adamw, or muon for the matrices in the blocks and AdamW for the rest
     # run: see RunConfig in common.py
     log_dir: str = f"log/{ARCH}"
 
     def __post_init__(self):
         if self.n_head < 1 or self.n_embd % (2 * self.n_head):
-            raise ValueError(f"--n_embd={self.n_embd} is not an even multiple of "
-                             f"--n_head={self.n_head}")
+            raise ValueError(f"--n_embd={self.n_embd} must be a multiple of twice "
+                             f"--n_head={self.n_head}: positions rotate pairs within a head")
         if self.n_kv_head < 1 or self.n_head % self.n_kv_head:
             raise ValueError(f"--n_head={self.n_head} is not a multiple of "
                              f"--n_kv_head={self.n_kv_head}")
@@ -220,14 +220,14 @@ class Model(nn.Module):
         self.lm_head.weight = self.model.embed_tokens.weight
         rope = rope_table(cfg.block_size, cfg.head_dim, cfg.rope_theta)
         self.register_buffer("rope", rope, persistent=False)
-        self.block_mask = None  # for rows of block_size; compile() makes it on CUDA
+        self.block_mask = None  # flex_attention's mask for T = block_size; set by compile() on CUDA
         for name, p in self.named_parameters():
             if p.dim() == 2:  # GPT-2's initialisation, as the paper gives none
                 residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * cfg.n_layer) if residual else 0.02)
 
     def compile(self, **options):
-        """Compile as nn.Module does; on CUDA, flex_attention then gets the rows of block_size."""
+        """Compile the model, after making the block mask that flex_attention needs on CUDA."""
         device = self.lm_head.weight.device
         if device.type == "cuda":
             self.block_mask = window_block_mask(self.cfg.block_size, self.cfg.window, device)

@@ -22,7 +22,7 @@ Run it:
   torchrun --nproc_per_node=8 train_phi.py  # eight GPUs: the same result, sooner
   torchrun --nproc_per_node=8 train_phi.py --resume=auto
   python train_phi.py --sample="Hello, I'm a language model,"
-and on each of two nodes, of which HOST is one:
+and on each of two nodes, where HOST is the address of one of them:
   torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST train_phi.py
 """
 import math
@@ -46,7 +46,7 @@ ARCH = "phi"
 class Config(RunConfig):
     # model
     block_size: int = 1024  # context length in tokens
-    vocab_size: int = 50304  # GPT-2's 50,257 tokens, padded to a multiple of 128; if smaller: bytes
+    vocab_size: int = 50304  # GPT-2's 50,257 and padding; below 50,257 a token is a byte
     n_layer: int = 12  # number of blocks
     n_head: int = 12  # number of query heads
     n_kv_head: int = 3  # number of key-value heads; 4 query heads share one, as in the 14B model
@@ -57,23 +57,23 @@ class Config(RunConfig):
     norm_eps: float = 1e-5  # epsilon of RMSNorm
     # training
     total_batch_size: int = 524288  # tokens per step
-    batch_size: int = 64  # sequences per device and micro-step; lower it if memory runs out
-    max_steps: int = 19073  # number of steps; by default 10.0B tokens, an epoch of FineWeb 10BT
+    batch_size: int = 64  # sequences per device and micro-batch; lower it if memory runs out
+    max_steps: int = 19073  # number of steps; by default 10.0B of FineWeb 10BT's 10.3B tokens
     warmup_steps: int = 715  # steps of linear warm-up; by default 375M tokens, as GPT-3
     learning_rate: float = 6e-4  # peak learning rate (GPT-3, table 2.1)
     min_lr_ratio: float = 0.1  # learning rate at the end of the cosine, as a fraction of the peak
     weight_decay: float = 0.1  # weight decay of matrices and embeddings
-    beta1: float = 0.9  # AdamW: decay of the mean of gradients
-    beta2: float = 0.95  # AdamW: decay of the mean of squared gradients
+    beta1: float = 0.9  # AdamW: decay rate of the running mean of gradients
+    beta2: float = 0.95  # AdamW: decay rate of the running mean of squares
     grad_clip: float = 1.0  # largest global norm of the gradient
-    optimizer: str = "adamw"  # adamw, or muon for the matrices inside the blocks
+    optimizer: str = "adamw"  # adamw, or muon for the matrices in the blocks and AdamW for the rest
     # run: see RunConfig in common.py
     log_dir: str = f"log/{ARCH}"
 
     def __post_init__(self):
         if self.n_head < 1 or self.n_embd % (2 * self.n_head):
-            raise ValueError(f"--n_embd={self.n_embd} is not an even multiple of "
-                             f"--n_head={self.n_head}")
+            raise ValueError(f"--n_embd={self.n_embd} must be a multiple of twice "
+                             f"--n_head={self.n_head}: positions rotate pairs within a head")
         if self.n_kv_head < 1 or self.n_head % self.n_kv_head:
             raise ValueError(f"--n_head={self.n_head} is not a multiple of "
                              f"--n_kv_head={self.n_kv_head}")
@@ -213,8 +213,9 @@ class Model(nn.Module):
         return {"total": total, "active": total, "non_embedding": total - embedding}
 
     def flops_per_token(self):
-        """Return the FLOPs of forward and backward pass: 6 N + 12 L d T (PaLM paper, appendix B). N
-        counts the parameters in matrix products, with the output head."""
+        """Return the FLOPs of forward and backward pass: 6 N + 12 L d T (PaLM paper, appendix B),
+        for N parameters in matrix products (with the output head), L layers of width d, and T
+        positions."""
         cfg = self.cfg
         return 6 * self.num_params()["total"] + 12 * cfg.n_layer * cfg.n_embd * cfg.block_size
 

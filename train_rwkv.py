@@ -1,23 +1,24 @@
 """
 RWKV-7 "Goose" (Peng et al. 2025, arXiv 2503.14456; code: BlinkDL/RWKV-LM,
 RWKV-v7/train_temp/src/model.py). It is a recurrent network: what it knows of the past is one matrix
-per head, however long the past is. It differs from LLaMA 3 in these points:
+per head and the last input of each mix, however long the past is. It differs from LLaMA 3 in these
+points:
 - The time mix replaces attention. Its state decays, forgets what a new key replaces and stores the
   new value under that key (the delta rule).
 - The channel mix replaces the MLP: relu(x)^2 without a gate. Both mixes see each token mixed with
   the one before it.
-- Decay, learning rate, value residual and gate come from low-rank matrices. LayerNorms have biases,
-  and the head is not the embedding.
-- It has an initialisation of its own. Only linear layers and embeddings decay, AdamW has betas 0.9
-  and 0.99 and an epsilon of 1e-18, w0 learns at twice the rate, and the largest logit of each token
-  is pulled a little towards 0.
+- Low-rank matrices give the decay, the in-context learning rate (how much of the old value is
+  removed), the value residual and the gate. LayerNorms have biases, and the head is not tied.
+- Initialisation and training are the authors': weight decay only for linear layers and embeddings,
+  AdamW betas of 0.9 and 0.99 and an epsilon of 1e-18, twice the learning rate for w0, and a
+  gradient that pulls the largest logit of each token a little towards 0.
 It has 122,606,080 parameters in 11 layers of width 640.
 
 What to expect: it is level with Gemma 3 in the small runs of the README, at 1.9 times the time of
 GPT-2. It has no context limit: --sample takes prompts of any length and reads each token once, with
 a state of constant size. --export writes model.pth for RWKV runners, with GPT-2's vocabulary. In
-plain PyTorch its speed is bound by memory traffic, and the target of two hours needs a fused
-kernel. --recompute saves memory.
+plain PyTorch memory traffic limits its speed; a fused kernel would be faster. --recompute saves
+memory and costs time.
 
 Run it:
   python train_rwkv.py --tiny                # a small model on built-in text, a minute on a CPU
@@ -25,7 +26,7 @@ Run it:
   torchrun --nproc_per_node=8 train_rwkv.py  # eight GPUs: the same result, sooner
   torchrun --nproc_per_node=8 train_rwkv.py --resume=auto
   python train_rwkv.py --sample="Hello, I'm a language model,"
-and on each of two nodes, of which HOST is one:
+and on each of two nodes, where HOST is the address of one of them:
   torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST train_rwkv.py
 """
 import math
@@ -50,24 +51,24 @@ ARCH = "rwkv"
 class Config(RunConfig):
     # model
     block_size: int = 1024  # context length in tokens
-    vocab_size: int = 50304  # GPT-2's 50,257 tokens, padded to a multiple of 128; if smaller: bytes
+    vocab_size: int = 50304  # GPT-2's 50,257 and padding; below 50,257 a token is a byte
     n_layer: int = 11  # number of blocks
     n_embd: int = 640  # width of the residual stream
     head_dim: int = 64  # width of a head, whose state is head_dim x head_dim
     ffn_dim: int = 2560  # hidden width of the channel mix
     # training
     total_batch_size: int = 524288  # tokens per step
-    batch_size: int = 32  # sequences per device and micro-step; lower it if memory runs out
-    max_steps: int = 19073  # number of steps; by default 10.0B tokens, an epoch of FineWeb 10BT
+    batch_size: int = 32  # sequences per device and micro-batch; lower it if memory runs out
+    max_steps: int = 19073  # number of steps; by default 10.0B of FineWeb 10BT's 10.3B tokens
     warmup_steps: int = 715  # steps of linear warm-up; by default 375M tokens, as GPT-3
     learning_rate: float = 6e-4  # peak learning rate (GPT-3, table 2.1)
     min_lr_ratio: float = 0.1  # learning rate at the end of the cosine, as a fraction of the peak
     weight_decay: float = 0.1  # weight decay of linear layers and embeddings
-    beta1: float = 0.9  # AdamW: decay of the mean of gradients
-    beta2: float = 0.99  # AdamW: decay of the mean of squared gradients (the authors' value)
+    beta1: float = 0.9  # AdamW: decay rate of the running mean of gradients
+    beta2: float = 0.99  # AdamW: decay rate of the running mean of squares (the authors' value)
     grad_clip: float = 1.0  # largest global norm of the gradient
-    optimizer: str = "adamw"  # adamw, or muon for the matrices inside the blocks
-    chunk_size: int = 64  # tokens per chunk of the time mix; the result is the same
+    optimizer: str = "adamw"  # adamw, or muon for the matrices in the blocks and AdamW for the rest
+    chunk_size: int = 64  # tokens per chunk of the time mix (8 to 128): changes speed, not results
     recompute: bool = False  # recompute the time mix in the backward pass: less memory, slower
     # run: see RunConfig in common.py
     log_dir: str = f"log/{ARCH}"
@@ -107,10 +108,11 @@ def wkv_step(r, log_w, k, v, a, b, state):
 
 
 class UnitLowerInverse(torch.autograd.Function):
-    """Returns (I - A)^-1 of a strictly lower triangular A (..., C, C). Diagonal blocks of 8 x 8 are
-    inverted by the series (I + A) (I + A^2) (I + A^4), then neighbouring blocks are merged. The
-    series over the whole chunk would be shorter, but its powers overflow float32 when keys repeat,
-    as in "------"."""
+    """The inverse (I - A)^-1 of a strictly lower triangular A (..., C, C), C = 8, 16, ... or 128.
+
+    The diagonal blocks of 8 x 8 are inverted as (I + A) (I + A^2) (I + A^4), which is exact because
+    their eighth power is 0. Then neighbouring blocks are merged. The same product for the whole
+    chunk would take fewer steps, but its powers overflow float32 if keys repeat, as in "------"."""
 
     @staticmethod
     def forward(ctx, A):
@@ -121,17 +123,17 @@ class UnitLowerInverse(torch.autograd.Function):
             blocks = A.unflatten(-1, (-1, size)).unflatten(-3, (-1, size))
             return blocks.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
 
-        # products by elementwise operations, since TF32 matrix products are too coarse here
+        # elementwise, because TF32 matrix products are too coarse for these powers
         power = diagonal(size)
         X = torch.eye(size, device=A.device, dtype=A.dtype) + power
         for _ in range(2):
             power = (power.unsqueeze(-1) * power.unsqueeze(-3)).sum(-2)  # A^2, A^4
             X = X + (X.unsqueeze(-1) * power.unsqueeze(-3)).sum(-2)
-        # the inverse of [[U, 0], [-A, L]] is [[U^-1, 0], [L^-1 A U^-1, L^-1]]
+        # merge neighbours: the inverse of [[P, 0], [-A, Q]] is [[P^-1, 0], [Q^-1 A P^-1, Q^-1]]
         while size < C:
-            upper, lower = X[..., ::2, :, :], X[..., 1::2, :, :]
-            corner = lower @ diagonal(2 * size)[..., size:, :size] @ upper
-            X = torch.cat([F.pad(upper, (0, size)), torch.cat([corner, lower], dim=-1)], dim=-2)
+            first, second = X[..., ::2, :, :], X[..., 1::2, :, :]  # P^-1 and Q^-1
+            corner = second @ diagonal(2 * size)[..., size:, :size] @ first
+            X = torch.cat([F.pad(first, (0, size)), torch.cat([corner, second], dim=-1)], dim=-2)
             size *= 2
         X = X.squeeze(-3)
         ctx.save_for_backward(X)
@@ -144,18 +146,19 @@ class UnitLowerInverse(torch.autograd.Function):
 
 
 def wkv(r, log_w, k, v, a, b, state, chunk):
-    """Return what wkv_step gives for T tokens, by matrix products: float32 (B, H, T, N) and state
-    (B, H, N, N) -> y (B, H, T, N) and the new state.
+    """Return what wkv_step gives for T tokens, by matrix products. r, log_w, k, v, a, b: float32
+    (B, H, T, N). state: (B, H, N, N). Return y (B, H, T, N) and the state after the last token.
 
-    Tokens are cut into chunks. Let S be the state at the start of a chunk, its rows now keys, and
-    let every vector carry the decay from the middle of its chunk. What the tokens of a chunk remove
-    from the state, the rows s_t = a_t S_{t-1}, depends on the tokens before them:
-        (1) s = a S + tril(a b^T, -1) s + tril(a k^T, -1) v
+    The tokens are cut into chunks. In the formulas each row of r, k, v, a and b is a token of one
+    chunk, and S is the transposed state before that chunk: its rows belong to keys. r, k, a, b and
+    S are already multiplied by the decay between their token and the middle of the chunk. Row t of
+    s is a_t S_{t-1}: minus what the state holds under the key of token t. It follows:
+        (1) s = a S + tril(a b^T, -1) s + tril(a k^T, -1) v, which is solved for s:
         (2) s = W S + U   with   X = (I - tril(a b^T, -1))^-1,   W = X a,   U = X tril(a k^T, -1) v
-        (3) the next S = S + b^T s + k^T v, with the decay to the middle of the next chunk
+        (3) the next S = (S + b^T s + k^T v) times the decay to the middle of the next chunk
         (4) y = r S + tril(r b^T) s + tril(r k^T) v
-    Only (2) and (3) go from chunk to chunk. As log_w > -0.6066, exponents in a chunk of C tokens
-    stay below 0.6066 (C / 2 + 1), which is 20 for 64 tokens: fine in float32, not in float16."""
+    Only (2) and (3) wait for the chunk before. As log_w > -0.6066, exponents in a chunk of C tokens
+    stay below 0.6066 (C / 2 + 1), which is 20 for 64 tokens: exp(20) fits float32, not float16."""
     B, H, T, N = r.shape
     if T % chunk:
         r, log_w, k, v, a, b = (F.pad(x, (0, 0, 0, -T % chunk)) for x in (r, log_w, k, v, a, b))
@@ -186,11 +189,16 @@ def wkv(r, log_w, k, v, a, b, state, chunk):
 
 
 class TimeMix(nn.Module):
-    """Parameters, with the initialisation of the official code: the mixes with the token before
-    x_r, x_w, x_k, x_v, x_a and x_g; the low-rank matrices w1 w2 (decay), a1 a2 (learning rate),
-    v1 v2 (value residual, not in the first layer) and g1 g2 (gate) with the biases w0, a0 and
-    v0; k_k and k_a, which scale keys; r_k, the bonus of the token itself; four linear layers and
-    ln_x."""
+    """Attention's replacement. Names and initialisation of the parameters are the official code's:
+        x_r, x_w, x_k, x_v, x_a, x_g   share of the token before in the input of r, w, k, v, a, g
+        w0, w1, w2                     bias and low-rank matrices of the decay
+        a0, a1, a2                     the same of the in-context learning rate, below `rate`
+        v0, v1, v2                     the same of the value residual; not in the first layer
+        g1, g2                         low-rank matrices of the gate
+        k_k, k_a                       scales of the key to remove and of the key to store
+        r_k                            weight of the bonus: the token's own value, past the state
+        ln_x                           norm of each head's output
+    """
 
     def __init__(self, cfg, layer):
         super().__init__()
@@ -198,17 +206,17 @@ class TimeMix(nn.Module):
         self.first = layer == 0
         C, H, N = cfg.n_embd, cfg.n_embd // cfg.head_dim, cfg.head_dim
         depth = layer / max(1, cfg.n_layer - 1)  # 0 to 1
-        rest = 1 - layer / cfg.n_layer
+        remaining = 1 - layer / cfg.n_layer  # 1 to 1 / n_layer
         i = torch.arange(C)
         linear = i / (C - 1) - 0.5
         zigzag = (i % N - (N - 1) / 2) / ((N - 1) / 2)
         zigzag = zigzag * zigzag.abs()
         powers = {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}
         for name, power in powers.items():
-            mix = 1 - (i / C) ** (power * rest)
+            mix = 1 - (i / C) ** (power * remaining)
             setattr(self, f"x_{name}", nn.Parameter(mix.view(1, 1, C)))
         ranks = {"w": 2.5, "a": 2.5, "v": 1.7, "g": 5.0}
-        for name in "wag" if self.first else "wavg":
+        for name in ["w", "a", "g"] if self.first else ["w", "a", "v", "g"]:
             rank = cfg.rank(ranks[name])
             setattr(self, f"{name}1", nn.Parameter(torch.zeros(C, rank)))
             setattr(self, f"{name}2", nn.Parameter(nn.init.orthogonal_(torch.empty(rank, C), 0.1)))
@@ -232,10 +240,11 @@ class TimeMix(nn.Module):
         nn.init.constant_(self.ln_x.weight, ((1 + layer) / cfg.n_layer) ** 0.7)
 
     def forward(self, x, v_first, last, state):
-        """Return y, v_first, last and state, all but y for what comes next.
+        """Return y and the new v_first, last and state. v_first goes to the next layer; last and
+        state go to the next tokens of this layer.
 
-        x: (B, T, C). v_first: the first layer's v (B, T, C). last: the x before x (B, C). state:
-        (B, H, N, N)."""
+        x: (B, T, C). v_first: the first layer's v (B, T, C), None in the first layer. last: the
+        input of the token before x (B, C). state: (B, H, N, N)."""
         B, T, C = x.shape
         change = shift(x, last) - x
         mixes = self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g
