@@ -91,7 +91,7 @@ class Config(RunConfig):
     optimizer: str = "adamw"  # adamw, or muon for the matrices in the blocks and AdamW for the rest
     bias_update_speed: float = 0.001  # gamma, change of a bias per step; 0 in the last 3%
     balance_loss_alpha: float = 0.0001  # weight of the sequence-wise balance loss
-    mtp_loss_weight: float = 0.3  # weight of multi-token prediction's loss; a third of it at the end
+    mtp_loss_weight: float = 0.3  # weight of the loss of multi-token prediction; 1/3 at the end
     # run: see RunConfig in common.py
     log_dir: str = f"log/{ARCH}"
     training_options = RunConfig.training_options | {
