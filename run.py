@@ -247,7 +247,7 @@ class Run:
         self.clock += self.seconds[-1]
         if not math.isfinite(loss + norm):
             fail(f"step {step}: the loss is {loss}, the gradient norm {norm}; not saved. Go "
-                 f"back to {self.checkpoint or 'the start'}, lower --learning_rate or warm up longer")
+                 f"back to {self.checkpoint or 'the start'}: less --learning_rate, more warm-up")
         self.stopping = signalled > 0
         values = {"train": f"{loss:.6f}", "lr": f"{lr:.4e}", "norm": f"{norm:.4f}"}
         values |= {name: f"{value:.4f}" for name, value in zip(names, extra)}

@@ -612,8 +612,8 @@ MISTAKES = [
     Mistake("half-split rotation", "deepseek", replace_function("rotate", half_split)),
     Mistake("rope in front of nope", "deepseek", edit(
         "Attention.forward",
-        "q_nope, q_rope = q.split([self.nope, self.rope], dim=-1)",
-        "q_rope, q_nope = q.split([self.rope, self.nope], dim=-1)")),
+        "q_nope, q_rope = q.split([self.nope_dim, self.rope_dim], dim=-1)",
+        "q_rope, q_nope = q.split([self.rope_dim, self.nope_dim], dim=-1)")),
     Mistake("shared key not rotated", "deepseek", edit(
         "Attention.forward",
         "rotate(k_rope[:, :, None], rope)",
@@ -683,7 +683,10 @@ MISTAKES = [
         "self.ln_x((y + (r * k * self.r_k.unsqueeze(1)).sum(-1, keepdim=True) * v_heads).transpose")),
     Mistake("state read before it is written", "rwkv", replace_function("wkv", read_before_writing)),
     Mistake("relu not squared", "rwkv", edit("ChannelMix.forward", "k * k", "k")),
-    Mistake("no rate", "rwkv", edit("TimeMix.forward", "kk * heads(rate)", "kk")),
+    Mistake("no rate", "rwkv", edit(
+        "TimeMix.forward",
+        "removal_key * heads(rate)",
+        "removal_key")),
     Mistake("mixes of decay and rate swapped", "rwkv", edit(
         "TimeMix.forward",
         "self.x_r, self.x_w, self.x_k, self.x_v, self.x_a",
@@ -891,7 +894,7 @@ def test_experts_equal_a_loop_over_tokens(route):
     assert_all_close(ours, theirs, atol=1e-5, rtol=1e-4)
     expert, weight, _ = moe.gate(x)
     flat = x.flatten(0, 1), expert.flatten(0, 1), weight.flatten(0, 1)
-    torch.testing.assert_close(moe.experts.definition(*flat), moe.experts(*flat), atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(moe.experts.compute_all_experts(*flat), moe.experts(*flat), atol=2e-6, rtol=1e-5)
 
 
 def test_multi_token_prediction_equals_transformers(monkeypatch):

@@ -162,28 +162,31 @@ class Attention(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.n_head = cfg.n_head
-        self.rank = cfg.kv_lora_rank
-        self.nope = cfg.qk_nope_head_dim
-        self.rope = cfg.qk_rope_head_dim
-        self.v = cfg.v_head_dim
+        self.kv_rank = cfg.kv_lora_rank
+        self.nope_dim = cfg.qk_nope_head_dim
+        self.rope_dim = cfg.qk_rope_head_dim
+        self.v_dim = cfg.v_head_dim
         self.q_a_proj = nn.Linear(cfg.n_embd, cfg.q_lora_rank, bias=False)
         self.q_a_layernorm = RMSNorm(cfg.q_lora_rank)
-        self.q_b_proj = nn.Linear(cfg.q_lora_rank, cfg.n_head * (self.nope + self.rope), bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(cfg.n_embd, cfg.kv_lora_rank + self.rope, bias=False)
+        q_dim = cfg.n_head * (self.nope_dim + self.rope_dim)
+        self.q_b_proj = nn.Linear(cfg.q_lora_rank, q_dim, bias=False)
+        latent_dim = self.kv_rank + self.rope_dim
+        self.kv_a_proj_with_mqa = nn.Linear(cfg.n_embd, latent_dim, bias=False)
         self.kv_a_layernorm = RMSNorm(cfg.kv_lora_rank)
-        self.kv_b_proj = nn.Linear(cfg.kv_lora_rank, cfg.n_head * (self.nope + self.v), bias=False)
-        self.o_proj = nn.Linear(cfg.n_head * self.v, cfg.n_embd, bias=False)
+        kv_dim = cfg.n_head * (self.nope_dim + self.v_dim)
+        self.kv_b_proj = nn.Linear(cfg.kv_lora_rank, kv_dim, bias=False)
+        self.o_proj = nn.Linear(cfg.n_head * self.v_dim, cfg.n_embd, bias=False)
 
     def forward(self, x, rope):
         B, T, _ = x.shape
         # (6) to (9): queries
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))).view(B, T, self.n_head, -1)
-        q_nope, q_rope = q.split([self.nope, self.rope], dim=-1)  # (B, T, n_head, D)
+        q_nope, q_rope = q.split([self.nope_dim, self.rope_dim], dim=-1)  # (B, T, n_head, D)
         q = torch.cat([q_nope, rotate(q_rope, rope)], dim=-1)
         # (1) to (5): keys and values; one rotated key for all heads
-        latent, k_rope = self.kv_a_proj_with_mqa(x).split([self.rank, self.rope], dim=-1)
+        latent, k_rope = self.kv_a_proj_with_mqa(x).split([self.kv_rank, self.rope_dim], dim=-1)
         kv = self.kv_b_proj(self.kv_a_layernorm(latent)).view(B, T, self.n_head, -1)
-        k_nope, v = kv.split([self.nope, self.v], dim=-1)
+        k_nope, v = kv.split([self.nope_dim, self.v_dim], dim=-1)
         k_rope = rotate(k_rope[:, :, None], rope).expand(-1, -1, self.n_head, -1)
         k = torch.cat([k_nope, k_rope], dim=-1)
         # transposed only here, so that y has the memory order of x and o_proj needs no copy
@@ -285,7 +288,7 @@ class Experts(nn.Module):
     device. On an A100 it becomes a product per expert, and the host waits to know their sizes;
     the result is the same. On a B200 (sm100) PyTorch has an open report of wrong gradients for
     experts without tokens (its issue 172439). torch.compile supports it only in bf16; in fp32
-    `definition` replaces it."""
+    `compute_all_experts` replaces it."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -301,7 +304,7 @@ class Experts(nn.Module):
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
         x, gate_up_proj, down_proj = (y.to(dtype) for y in (x, self.gate_up_proj, self.down_proj))
         if torch.compiler.is_compiling() and dtype == torch.float32:
-            return self.definition(x, expert, weight)
+            return self.compute_all_experts(x, expert, weight)
         # sort all N * K (token, expert) pairs by expert; ends[e] is the end of expert e's pairs
         N, K = expert.shape
         sorted_expert, order = expert.flatten().sort(stable=True)
@@ -316,7 +319,7 @@ class Experts(nn.Module):
         y = Permute.apply(rows, inverse, order).view(N, K, -1)
         return (y * weight[..., None]).sum(1).to(dtype)
 
-    def definition(self, x, expert, weight):
+    def compute_all_experts(self, x, expert, weight):
         """Return the same by computing every expert for every token: equation 12."""
         weight = weight.new_zeros(len(x), len(self.down_proj)).scatter(1, expert, weight)
         gate, up = torch.einsum("nc,ehc->neh", x, self.gate_up_proj).chunk(2, dim=-1)

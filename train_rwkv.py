@@ -251,8 +251,8 @@ class TimeMix(nn.Module):
         xr, xw, xk, xv, xa, xg = (x + change * mix for mix in mixes)
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
         # the logarithm of the decay, in (-0.6066, 0), stays in fp32: bf16 would be too coarse
-        w = self.w0 + (torch.tanh(xw @ self.w1) @ self.w2).float()
-        log_w = -math.exp(-0.5) * torch.sigmoid(w)
+        decay = self.w0 + (torch.tanh(xw @ self.w1) @ self.w2).float()
+        log_w = -math.exp(-0.5) * torch.sigmoid(decay)
         if self.first:
             v_first = v
         else:
@@ -264,10 +264,10 @@ class TimeMix(nn.Module):
             """Split x into heads: float32 (B, H, T, N)."""
             return x.float().unflatten(-1, (-1, self.cfg.head_dim)).transpose(1, 2)
 
-        kk = F.normalize(heads(k * self.k_k), dim=-1)
+        removal_key = F.normalize(heads(k * self.k_k), dim=-1)
         r, k, v_heads = heads(r), heads(k * (1 + (rate - 1) * self.k_a)), heads(v)
         with torch.autocast(x.device.type, enabled=False):
-            vectors = r, heads(log_w), k, v_heads, -kk, kk * heads(rate)
+            vectors = r, heads(log_w), k, v_heads, -removal_key, removal_key * heads(rate)
             if T == 1:
                 y, state = wkv_step(*(z.squeeze(2) for z in vectors), state)
                 y = y.unsqueeze(2)
