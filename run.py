@@ -180,11 +180,10 @@ class Run:
 
     def open_log(self):
         """Open log.txt, without its lines from start_step on. End if results would be lost."""
-        folder, lines = self.cfg.log_dir, []  # lines: matches of (step, stream)
+        folder, lines = self.cfg.log_dir, []
         if os.path.exists(self.log_path):
             with open(self.log_path, errors="replace", newline="\n") as file:
-                matches = [re.fullmatch(r"(\d+) (\w+) \S+\n", line) for line in file]
-            lines = [match for match in matches if match]  # a kill may have torn the last line
+                lines = list(re.finditer(r"^(\d+) (\w+) \S+\n", file.read(), re.M))  # whole ones
         last = max((int(line[1]) for line in lines if line[2] == "train"), default=-1)
         if not self.cfg.resume and (checkpoints(folder) or last >= 0):
             fail(f"{folder} holds a run: continue with --resume=auto, or use another --log_dir")
@@ -276,16 +275,17 @@ class Run:
     def log_val(self, step, loss):
         self.log(step, "val", f"{loss:.4f}")
         self.say(f"step {step:5d} | validation loss {loss:.4f}")
+        self.clock = time.perf_counter()  # HellaSwag begins
 
     def log_hella(self, step, correct):
         """Log acc_norm as `hella`, and keep which items were right: bool (items,)."""
         if self.file:
             with replacing(os.path.join(self.cfg.log_dir, f"hella_{step}.npy")) as file:
                 np.save(file, correct)
-        p = correct.mean()
-        error = math.sqrt(p * (1 - p) / len(correct))
+        p, error = correct.mean(), correct.std() / math.sqrt(len(correct))
         self.log(step, "hella", f"{p:.4f}")
-        self.say(f"step {step:5d} | HellaSwag {p:.4f} +- {error:.4f}, {len(correct)} items")
+        self.say(f"step {step:5d} | HellaSwag {p:.4f} +- {error:.4f}, {len(correct)} items in "
+                 f"{time.perf_counter() - self.clock:.1f} s")
 
     def show_sample(self, step, tokenizer):
         self.flush()
