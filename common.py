@@ -44,6 +44,14 @@ def default_device():
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def default_dtype(device):
+    """Return the name of the best dtype for matrix products: bfloat16 on a GPU that has it (compute
+    capability 8.0, from A100 and RTX 30 on), float16 on an older one, float32 elsewhere."""
+    if not device.startswith("cuda") or not torch.cuda.is_available():
+        return "float32"
+    return "bfloat16" if torch.cuda.get_device_capability() >= (8, 0) else "float16"
+
+
 @dataclass
 class RunConfig:
     """Where, when and how a run runs. The Config of a script adds its model and its training.
@@ -61,6 +69,7 @@ class RunConfig:
     hellaswag_file: str = "hellaswag_val.jsonl"  # HellaSwag's items; downloaded if missing
     resume: str = ""  # checkpoint to resume from; auto: the newest in log_dir
     device: str = default_device()  # cuda, mps or cpu
+    dtype: str = default_dtype(default_device())  # of products: bfloat16, float16 or float32
     compile: bool = torch.cuda.is_available()  # compile the model with torch.compile
     tiny: bool = False  # train a small model on built-in text, about a minute on a CPU
 
@@ -126,6 +135,7 @@ def parse_args(Config, tiny):
         parser.error(f"unknown option {unknown[0]}{hint}")
     values = {f.name: getattr(mode, f.name) for f in fields(Config)}
     given = {name: value for name, value in values.items() if value is not None}
+    given.setdefault("dtype", default_dtype(given.get("device", RunConfig.device)))
     if given.get("tiny"):
         given = {**TINY_TRAINING, **tiny, **given}
     for name, value in {**given, "bench": mode.bench}.items():
@@ -133,8 +143,10 @@ def parse_args(Config, tiny):
         least, bound = Config.limits.get(name, default_limits)
         if type(value) in (int, float) and not least <= value < bound:
             fail(f"--{name}={value} is out of range: at least {least}, less than {bound}")
-    if given.get("optimizer", "adamw") not in ("adamw", "muon"):
-        fail(f"--optimizer={given['optimizer']} is unknown: use adamw or muon")
+    choices = {"optimizer": ("adamw", "muon"), "dtype": ("bfloat16", "float16", "float32")}
+    for name, known in choices.items():
+        if given.get(name, known[0]) not in known:
+            fail(f"--{name}={given[name]} is unknown: use {', '.join(known)}")
     if (mode.sample is not None) + (mode.export is not None) + (mode.bench > 0) > 1:
         fail("--sample, --export and --bench: use one at a time")
     if mode.bench:
@@ -155,9 +167,11 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0  # on this machine
+    dtype: torch.dtype = torch.float32  # of matrix products
 
     def autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+        mixed = self.dtype != torch.float32
+        return torch.autocast(self.device.type, self.dtype, enabled=mixed)
 
     def sum(self, x):
         """Sum x over all processes, in place, and return it (gloo, for CPUs, cannot average)."""
@@ -175,13 +189,13 @@ class World:
                 dist.barrier()
 
 
-def init_world(device, seed):
+def init_world(device, dtype, seed):
     """Join the process group if torchrun started this process, choose the device, seed torch."""
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     size = int(os.environ.get("WORLD_SIZE", 1))
     sys.stdout.reconfigure(errors="replace")  # samples may hold what the terminal cannot show
     try:
-        world = World(torch.device(device), rank, size, local_rank)
+        world = World(torch.device(device), rank, size, local_rank, getattr(torch, dtype))
         if world.device.type == "cuda":
             index = local_rank if size > 1 else world.device.index or 0
             world.device = torch.device("cuda", index)

@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import default_device, init_world
+from common import default_device, default_dtype, init_world
 from fineweb import Parser, explain, fail, get_tokenizer, one_line_errors, replacing
 from run import load_model, read_checkpoint
 
@@ -155,8 +155,6 @@ class HellaSwag:
         """batch_tokens: tokens in a forward pass. Too long a row loses the start of its context."""
         self.labels = np.array([item["label"] for item in items])
         self.world = world
-        self.compile = compile
-        self.model = None  # the one that was scored last
         rows = []  # row 4 i + j is ending j of item i
         for item in items:
             for ids, n_ending, characters in STYLES[style].render(item, tokenizer.encode_ordinary):
@@ -192,11 +190,6 @@ class HellaSwag:
 
     def losses(self, model, progress=False):
         """Return the summed loss of each ending: float32 (items, 4), on the CPU."""
-        if model is not self.model:  # compile hidden once for each model
-            self.model = model
-            self.hidden = model.hidden
-            if self.compile:
-                self.hidden = torch.compile(model.hidden, dynamic=False)
         device = self.world.device
         # ending tokens per call of lm_head: the logits of 128, 26 MB in fp32, fit a CPU's cache
         chunk = 128 if device.type == "cpu" else 8192
@@ -205,7 +198,7 @@ class HellaSwag:
             batches = tqdm(self.batches, "HellaSwag", unit="batch", disable=not progress)
             for tokens, endings in batches:
                 row, position, target, index = endings.to(device)
-                hidden = self.hidden(tokens.to(device))[row, position]
+                hidden = model.hidden(tokens.to(device))[row, position]
                 chunks = hidden.split(chunk), target.split(chunk), index.split(chunk)
                 for h, t, i in zip(*chunks):
                     loss = F.cross_entropy(model.lm_head(h).float(), t, reduction="none")
@@ -255,6 +248,9 @@ class HuggingFace(torch.nn.Module):
     def hidden(self, idx):
         return self.model.base_model(idx).last_hidden_state
 
+    def compile(self, **options):
+        self.model.base_model.compile(**options)
+
 
 def load_checkpoint_model(path):
     """Return (model, vocab_size, block_size) of a checkpoint of one of our scripts."""
@@ -300,7 +296,7 @@ def main():
     model, vocab_size, block_size = load(args.model)
     if block_size < 2:
         fail(f"{args.model} has a context of one token, which leaves no room for an ending")
-    world = init_world(args.device, seed=0)
+    world = init_world(args.device, default_dtype(args.device), seed=0)
     tokenizer = get_tokenizer(vocab_size)
     if tokenizer is None:
         sys.exit(1)  # get_tokenizer has said why
@@ -310,6 +306,8 @@ def main():
             world.local_first(download)
     with explain(f"--hellaswag_file={file}", OSError, ValueError):
         items = load_items(file, args.style)[:args.hella_limit]
+    if args.compile:
+        model.compile(dynamic=False)
     batch_tokens = args.batch_size * block_size
     scorer = HellaSwag(items, tokenizer, block_size, batch_tokens, world, args.compile, args.style)
     start = time.time()

@@ -30,9 +30,10 @@ PROMPT = "Hello, I'm a language model,"
 
 # ---- checkpoints ---------------------------------------------------------------------------------
 
-def save_checkpoint(path, arch, step, model, optimizer, tokens_per_second):
+def save_checkpoint(path, arch, step, model, optimizer, scaler, tokens_per_second):
     state = {"arch": arch, "step": step, "config": asdict(model.cfg), "model": model.state_dict(),
-             "optimizer": optimizer.state_dict(), "tokens_per_second": tokens_per_second}
+             "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+             "tokens_per_second": tokens_per_second}
     with replacing(path) as file:
         torch.save(state, file)
 
@@ -101,7 +102,7 @@ def load_model(path, checkpoint, Config, Model):
     return model.eval()
 
 
-def resume(cfg, arch, world, model, optimizer):
+def resume(cfg, arch, world, model, optimizer, scaler):
     """Load the checkpoint that --resume names, if any, into model and optimizer. Return its path,
     step and tokens/s, or (None, 0, None). End if results of this or another run would be lost."""
     path, checkpoint = find_checkpoint(cfg, arch) if cfg.resume else (None, {})
@@ -132,6 +133,8 @@ def resume(cfg, arch, world, model, optimizer):
             optimizer.load_state_dict(checkpoint["optimizer"])
         for group, options in zip(optimizer.param_groups, groups):
             group.update(options)  # weight decay, betas and so on are those of the command line
+        if checkpoint.get("scaler"):  # it is empty unless the run used float16
+            scaler.load_state_dict(checkpoint["scaler"])
     # the sum over the processes is step * size only if all of them resume from the same step
     if world.sum(torch.tensor(float(step), device=world.device)) != step * world.size:
         fail(f"the processes find different checkpoints: they must share --log_dir={folder}")
@@ -146,15 +149,16 @@ class Run:
     """Log and console of a training run. Every process calls its methods; only rank 0 writes. The
     numbers of an update on a GPU are read during the next update, so that the GPU never waits."""
 
-    def __init__(self, cfg, arch, world, model, optimizer, bench):
+    def __init__(self, cfg, arch, world, model, optimizer, scaler, bench):
         """Resume, if --resume says so. bench: number of steps to time, or 0."""
         self.cfg = cfg
         self.arch = arch
         self.world = world
         self.model = model
         self.optimizer = optimizer
+        self.scaler = scaler
         self.bench = bench
-        start = resume(cfg, arch, world, model, optimizer)
+        start = resume(cfg, arch, world, model, optimizer, scaler)
         self.checkpoint, self.start_step, self.tokens_per_second = start
         self.cuda = world.device.type == "cuda"
         self.device_name = torch.cuda.get_device_name() if self.cuda else world.device.type
@@ -244,12 +248,14 @@ class Run:
         loss, norm, signalled, *extra = numbers.tolist()
         self.seconds.append(time.perf_counter() - self.clock)
         self.clock += self.seconds[-1]
-        if not math.isfinite(loss + norm):
+        skipped = not math.isfinite(norm)  # what the scaler does about it; it is 1 without float16
+        if not math.isfinite(loss) or (skipped and self.scaler.get_scale() <= 1):
             fail(f"step {step}: the loss is {loss}, the gradient norm {norm}; not saved. Go "
                  f"back to {self.checkpoint or 'the start'}: less --learning_rate, more warm-up")
         self.stopping = signalled > 0
         values = {"train": f"{loss:.6f}", "lr": f"{lr:.4e}", "norm": f"{norm:.4f}"}
         values |= {name: f"{value:.4f}" for name, value in zip(names, extra)}
+        values |= {"skipped": "1"} if skipped else {}
         text = f"step {step:5d}/{self.cfg.max_steps}"
         for stream, value in values.items():
             self.log(step, stream, value)
@@ -305,7 +311,7 @@ class Run:
                 self.tokens_per_second = round(self.cfg.total_batch_size / np.median(self.seconds))
             self.checkpoint = os.path.join(self.cfg.log_dir, f"model_{step:05d}.pt")
             save_checkpoint(self.checkpoint, self.arch, step, self.model, self.optimizer,
-                            self.tokens_per_second)
+                            self.scaler, self.tokens_per_second)
             self.write_info()
             delete_old_checkpoints(self.cfg.log_dir, step, self.cfg.keep_checkpoints)
 
@@ -337,7 +343,7 @@ def use_checkpoint(cfg, mode, arch, Config, Model, to_hf):
         export(model, mode.export, to_hf)
         print(f"wrote {path}, step {checkpoint['step']}, to {mode.export}")
     else:
-        device = init_world(cfg.device, cfg.seed).device
+        device = init_world(cfg.device, cfg.dtype, cfg.seed).device
         if tokenizer := get_tokenizer(model.cfg.vocab_size):
             prompt = tokenizer.encode_ordinary(mode.sample)
             print(generate(model.to(device), tokenizer, prompt, device, cfg.seed))

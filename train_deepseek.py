@@ -137,8 +137,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * y.type_as(x)
+        y = (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)).type_as(x)
+        return (self.weight * y).type_as(x)  # autocast leaves the weight in fp32
 
 
 def rope_table(block_size, dim, theta):
@@ -287,7 +287,7 @@ class Experts(nn.Module):
     F.grouped_mm is one kernel in bf16 on an H100 (sm90), and the host never waits for the
     device. On an A100 it becomes a product per expert, and the host waits to know their sizes;
     the result is the same. On a B200 (sm100) PyTorch has an open report of wrong gradients for
-    experts without tokens (its issue 172439). torch.compile supports it only in bf16; in fp32
+    experts without tokens (its issue 172439). torch.compile supports it only in bf16; otherwise
     `compute_all_experts` replaces it."""
 
     def __init__(self, cfg):
@@ -303,7 +303,7 @@ class Experts(nn.Module):
         autocast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
         x, gate_up_proj, down_proj = (y.to(dtype) for y in (x, self.gate_up_proj, self.down_proj))
-        if torch.compiler.is_compiling() and dtype == torch.float32:
+        if torch.compiler.is_compiling() and dtype != torch.bfloat16:
             return self.compute_all_experts(x, expert, weight)
         # sort all N * K (token, expert) pairs by expert; ends[e] is the end of expert e's pairs
         N, K = expert.shape
@@ -432,22 +432,33 @@ class Model(nn.Module):
         hidden, extra_loss = self.decode(idx)
         if targets is None:
             return self.lm_head(hidden).float(), None
-        loss = self.cross_entropy(hidden, targets)
+        loss = self.loss(hidden, targets)
         if not self.training:
             return None, loss
         if self.mtp is not None:
-            rope = self.rope[:, :idx.size(1) - 1]
-            ahead, balance_loss = self.mtp(hidden[:, :-1], self.embed(idx[:, 1:]), rope)
+            # the last position's next token is only in the targets
+            next_idx = torch.cat([idx[:, 1:], targets[:, -1:].clamp(min=0)], dim=1)
+            ahead, balance_loss = self.mtp(hidden, self.embed(next_idx), self.rope[:, :idx.size(1)])
             # the weight falls to a third after 10T of 14.8T tokens (section 4.2)
             early = self.updates < 10 / 14.8 * self.cfg.max_steps
             weight = torch.where(early, self.cfg.mtp_loss_weight, self.cfg.mtp_loss_weight / 3)
-            mtp_loss = self.cross_entropy(ahead, targets[:, 1:])
+            # the last position has no token after the next one
+            mtp_loss = self.loss(ahead, F.pad(targets[:, 1:], (0, 1), value=-1))
             extra_loss = extra_loss + balance_loss + weight * mtp_loss
         return None, loss + (extra_loss - extra_loss.detach())
 
-    def cross_entropy(self, hidden, targets):
+    def loss(self, hidden, targets):
         logits = self.lm_head(hidden).float()
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    def compile(self, **options):
+        """Compile block by block, and the loss: blocks of a kind share a graph, so that this takes
+        seconds, and DDP sums a block's gradients while those of the block before are computed."""
+        for module in [*self.model.layers, self.model.norm]:
+            module.compile(**options)
+        if self.mtp is not None:
+            self.mtp.compile(**options)
+        self.loss = torch.compile(self.loss, **options)
 
     @torch.no_grad()
     def update_bias(self, *_):
@@ -557,7 +568,7 @@ def main():
     # ==== training loop: identical in every train_*.py ====
     if mode.sample is not None or mode.export is not None:
         return use_checkpoint(cfg, mode, ARCH, Config, Model, to_hf)
-    world = init_world(cfg.device, cfg.seed)
+    world = init_world(cfg.device, cfg.dtype, cfg.seed)
     accumulation = accumulation_steps(cfg, world)
     train_loader = ShardLoader(cfg, "train", world, synthetic=mode.bench)
     val_loader = ShardLoader(cfg, "val", world, synthetic=mode.bench)
@@ -565,8 +576,12 @@ def main():
     hellaswag = load_hellaswag(cfg, world, tokenizer)
     model = Model(cfg).to(world.device)
     optimizer = model.configure_optimizers(cfg, world.device.type)
-    run = Run(cfg, ARCH, world, model, optimizer, mode.bench)  # loads the checkpoint to resume from
+    # float16 has a narrow range: the loss is scaled, and an update with an overflow is skipped
+    scaler = torch.amp.GradScaler(world.device.type, enabled=cfg.dtype == "float16")
+    run = Run(cfg, ARCH, world, model, optimizer, scaler, mode.bench)  # resumes, if asked to
     if cfg.compile:
+        # a block is compiled anew for training, for validation and for each length in HellaSwag
+        torch._dynamo.config.recompile_limit = 64
         # otherwise the graph is split at each DDP bucket, which prevents fusion
         torch._dynamo.config.optimize_ddp = False
         # run the backward pass of fp32 regions in fp32, as eager mode does
@@ -622,10 +637,12 @@ def main():
             with world.autocast():
                 _, loss = ddp_model(x, y)
                 loss = loss / accumulation
-            loss.backward()
+            scaler.scale(loss).backward()
             train_loss += loss.detach()
+        scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad()
         run.log_train(step, train_loss, norm, lr)
     del ddp_model  # DDP must go before the process group, or the shutdown can deadlock

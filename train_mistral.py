@@ -99,8 +99,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * y.type_as(x)
+        y = (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)).type_as(x)
+        return (self.weight * y).type_as(x)  # autocast leaves the weight in fp32
 
 
 def rope_table(block_size, dim, theta):
@@ -137,7 +137,7 @@ def sliding_window_attention(q, k, v, window, block_mask=None):
     compiled model and, for gradients, CUDA. Otherwise it works on blocks of `window` queries, each
     against its own keys and those of the block before: 2 window scores per query instead of T."""
     B, _, T, _ = q.shape
-    if block_mask is not None:
+    if block_mask is not None and torch.compiler.is_compiling():
         return flex_attention(q, k, v, block_mask=block_mask, enable_gqa=True)
     # the first block of queries has no block of keys before it
     first = F.scaled_dot_product_attention(
@@ -227,11 +227,15 @@ class Model(nn.Module):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * cfg.n_layer) if residual else 0.02)
 
     def compile(self, **options):
-        """Compile the model, after making the block mask that flex_attention needs on CUDA."""
+        """Compile block by block, and the loss: all blocks share a graph, so that this takes
+        seconds, and DDP sums a block's gradients while those of the block before are computed.
+        On CUDA the blocks get the mask that flex_attention needs."""
         device = self.lm_head.weight.device
         if device.type == "cuda":
             self.block_mask = window_block_mask(self.cfg.block_size, self.cfg.window, device)
-        super().compile(**options)
+        for module in [*self.model.layers, self.model.norm]:
+            module.compile(**options)
+        self.loss = torch.compile(self.loss, **options)
 
     def hidden(self, idx):
         """Return what lm_head turns into logits: idx int64 (B, T) -> (B, T, C)."""
@@ -240,8 +244,7 @@ class Model(nn.Module):
             # a bf16 residual stream halves the memory traffic between matrix products
             x = x.to(torch.get_autocast_dtype(idx.device.type))
         T = idx.size(1)
-        whole_row = T == self.cfg.block_size
-        block_mask = self.block_mask if whole_row and torch.compiler.is_compiling() else None
+        block_mask = self.block_mask if T == self.cfg.block_size else None
         for block in self.model.layers:
             x = block(x, self.rope[:, :T], block_mask)
         return self.model.norm(x)
@@ -251,10 +254,14 @@ class Model(nn.Module):
 
         idx and targets: int64 (B, T), where a target of -1 does not count. logits: float32
         (B, T, vocab_size). loss: the mean cross-entropy of the next token, a scalar."""
-        logits = self.lm_head(self.hidden(idx)).float()
+        hidden = self.hidden(idx)
         if targets is None:
-            return logits, None
-        return None, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+            return self.lm_head(hidden).float(), None
+        return None, self.loss(hidden, targets)
+
+    def loss(self, hidden, targets):
+        logits = self.lm_head(hidden).float()
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     def num_params(self):
         total = sum(p.numel() for p in self.parameters())
@@ -311,7 +318,7 @@ def main():
     # ==== training loop: identical in every train_*.py ====
     if mode.sample is not None or mode.export is not None:
         return use_checkpoint(cfg, mode, ARCH, Config, Model, to_hf)
-    world = init_world(cfg.device, cfg.seed)
+    world = init_world(cfg.device, cfg.dtype, cfg.seed)
     accumulation = accumulation_steps(cfg, world)
     train_loader = ShardLoader(cfg, "train", world, synthetic=mode.bench)
     val_loader = ShardLoader(cfg, "val", world, synthetic=mode.bench)
@@ -319,8 +326,12 @@ def main():
     hellaswag = load_hellaswag(cfg, world, tokenizer)
     model = Model(cfg).to(world.device)
     optimizer = model.configure_optimizers(cfg, world.device.type)
-    run = Run(cfg, ARCH, world, model, optimizer, mode.bench)  # loads the checkpoint to resume from
+    # float16 has a narrow range: the loss is scaled, and an update with an overflow is skipped
+    scaler = torch.amp.GradScaler(world.device.type, enabled=cfg.dtype == "float16")
+    run = Run(cfg, ARCH, world, model, optimizer, scaler, mode.bench)  # resumes, if asked to
     if cfg.compile:
+        # a block is compiled anew for training, for validation and for each length in HellaSwag
+        torch._dynamo.config.recompile_limit = 64
         # otherwise the graph is split at each DDP bucket, which prevents fusion
         torch._dynamo.config.optimize_ddp = False
         # run the backward pass of fp32 regions in fp32, as eager mode does
@@ -376,10 +387,12 @@ def main():
             with world.autocast():
                 _, loss = ddp_model(x, y)
                 loss = loss / accumulation
-            loss.backward()
+            scaler.scale(loss).backward()
             train_loss += loss.detach()
+        scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad()
         run.log_train(step, train_loss, norm, lr)
     del ddp_model  # DDP must go before the process group, or the shutdown can deadlock

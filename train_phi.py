@@ -106,8 +106,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * y.type_as(x)
+        y = (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)).type_as(x)
+        return (self.weight * y).type_as(x)  # autocast leaves the weight in fp32
 
 
 def rope_table(block_size, dim, theta):
@@ -202,10 +202,21 @@ class Model(nn.Module):
 
         idx and targets: int64 (B, T), where a target of -1 does not count. logits: float32
         (B, T, vocab_size). loss: the mean cross-entropy of the next token, a scalar."""
-        logits = self.lm_head(self.hidden(idx)).float()
+        hidden = self.hidden(idx)
         if targets is None:
-            return logits, None
-        return None, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+            return self.lm_head(hidden).float(), None
+        return None, self.loss(hidden, targets)
+
+    def loss(self, hidden, targets):
+        logits = self.lm_head(hidden).float()
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    def compile(self, **options):
+        """Compile block by block, and the loss: all blocks share a graph, so that this takes
+        seconds, and DDP sums a block's gradients while those of the block before are computed."""
+        for module in [*self.model.layers, self.model.norm]:
+            module.compile(**options)
+        self.loss = torch.compile(self.loss, **options)
 
     def num_params(self):
         total = sum(p.numel() for p in self.parameters())
@@ -264,7 +275,7 @@ def main():
     # ==== training loop: identical in every train_*.py ====
     if mode.sample is not None or mode.export is not None:
         return use_checkpoint(cfg, mode, ARCH, Config, Model, to_hf)
-    world = init_world(cfg.device, cfg.seed)
+    world = init_world(cfg.device, cfg.dtype, cfg.seed)
     accumulation = accumulation_steps(cfg, world)
     train_loader = ShardLoader(cfg, "train", world, synthetic=mode.bench)
     val_loader = ShardLoader(cfg, "val", world, synthetic=mode.bench)
@@ -272,8 +283,12 @@ def main():
     hellaswag = load_hellaswag(cfg, world, tokenizer)
     model = Model(cfg).to(world.device)
     optimizer = model.configure_optimizers(cfg, world.device.type)
-    run = Run(cfg, ARCH, world, model, optimizer, mode.bench)  # loads the checkpoint to resume from
+    # float16 has a narrow range: the loss is scaled, and an update with an overflow is skipped
+    scaler = torch.amp.GradScaler(world.device.type, enabled=cfg.dtype == "float16")
+    run = Run(cfg, ARCH, world, model, optimizer, scaler, mode.bench)  # resumes, if asked to
     if cfg.compile:
+        # a block is compiled anew for training, for validation and for each length in HellaSwag
+        torch._dynamo.config.recompile_limit = 64
         # otherwise the graph is split at each DDP bucket, which prevents fusion
         torch._dynamo.config.optimize_ddp = False
         # run the backward pass of fp32 regions in fp32, as eager mode does
@@ -329,10 +344,12 @@ def main():
             with world.autocast():
                 _, loss = ddp_model(x, y)
                 loss = loss / accumulation
-            loss.backward()
+            scaler.scale(loss).backward()
             train_loss += loss.detach()
+        scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad()
         run.log_train(step, train_loss, norm, lr)
     del ddp_model  # DDP must go before the process group, or the shutdown can deadlock

@@ -338,7 +338,6 @@ class Model(nn.Module):
         return [(zeros(batch_size, C), zeros(batch_size, C), zeros(batch_size, C // N, N, N))
                 for _ in self.blocks]
 
-    @torch.compiler.disable(recursive=False)  # the blocks inside it are compiled, one by one
     def hidden(self, idx, state=None):
         """Return what lm_head turns into logits: idx int64 (B, T) -> (B, T, C). With a state it
         continues from there, and updates the state."""
@@ -377,12 +376,13 @@ class Model(nn.Module):
         return None, self.loss(hidden, targets)
 
     def compile(self, **options):
-        """Compile block by block: two short graphs, that of the first block and that of the others,
-        instead of a long one."""
-        # both are compiled anew for training, for validation and for each length in HellaSwag
-        torch._dynamo.config.recompile_limit = 128
-        for block in self.blocks:
-            block.compile(**options)
+        """Compile block by block, and the loss: all blocks but the first share a graph, so that
+        this takes seconds, and DDP sums a block's gradients while those of the block before are
+        computed."""
+        # else parameters of shape (1, 1, C) get gradients of shape (C,): PyTorch's issue 178080
+        torch._inductor.config.triton.mix_order_reduction = False
+        for module in [*self.blocks, self.ln_out]:
+            module.compile(**options)
         self.loss = torch.compile(self.loss, **options)
 
     def num_params(self):
@@ -436,7 +436,7 @@ def main():
     # ==== training loop: identical in every train_*.py ====
     if mode.sample is not None or mode.export is not None:
         return use_checkpoint(cfg, mode, ARCH, Config, Model, to_hf)
-    world = init_world(cfg.device, cfg.seed)
+    world = init_world(cfg.device, cfg.dtype, cfg.seed)
     accumulation = accumulation_steps(cfg, world)
     train_loader = ShardLoader(cfg, "train", world, synthetic=mode.bench)
     val_loader = ShardLoader(cfg, "val", world, synthetic=mode.bench)
@@ -444,8 +444,12 @@ def main():
     hellaswag = load_hellaswag(cfg, world, tokenizer)
     model = Model(cfg).to(world.device)
     optimizer = model.configure_optimizers(cfg, world.device.type)
-    run = Run(cfg, ARCH, world, model, optimizer, mode.bench)  # loads the checkpoint to resume from
+    # float16 has a narrow range: the loss is scaled, and an update with an overflow is skipped
+    scaler = torch.amp.GradScaler(world.device.type, enabled=cfg.dtype == "float16")
+    run = Run(cfg, ARCH, world, model, optimizer, scaler, mode.bench)  # resumes, if asked to
     if cfg.compile:
+        # a block is compiled anew for training, for validation and for each length in HellaSwag
+        torch._dynamo.config.recompile_limit = 64
         # otherwise the graph is split at each DDP bucket, which prevents fusion
         torch._dynamo.config.optimize_ddp = False
         # run the backward pass of fp32 regions in fp32, as eager mode does
@@ -501,10 +505,12 @@ def main():
             with world.autocast():
                 _, loss = ddp_model(x, y)
                 loss = loss / accumulation
-            loss.backward()
+            scaler.scale(loss).backward()
             train_loss += loss.detach()
+        scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad()
         run.log_train(step, train_loss, norm, lr)
     del ddp_model  # DDP must go before the process group, or the shutdown can deadlock
