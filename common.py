@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from fineweb import Parser, TokenSequence, fail, open_shards, write_builtin_text
+from fineweb import Parser, TokenSequence, explain, fail, open_shards, write_builtin_text
 
 BENCH_WARMUP = 5  # steps that --bench does not count: compilation and the first allocations
 # what --tiny changes; each script adds the size of its model
@@ -45,11 +45,13 @@ def default_device():
 
 
 def default_dtype(device):
-    """Return the name of the best dtype for matrix products: bfloat16 on a GPU that has it (compute
-    capability 8.0, from A100 and RTX 30 on), float16 on an older one, float32 elsewhere."""
+    """Return the name of the best dtype for matrix products: bfloat16 if all GPUs have it (compute
+    capability 8.0, from A100 and RTX 30 on), float16 if not, float32 without a GPU."""
     if not device.startswith("cuda") or not torch.cuda.is_available():
         return "float32"
-    return "bfloat16" if torch.cuda.get_device_capability() >= (8, 0) else "float16"
+    gpus = range(torch.cuda.device_count())
+    oldest = min(torch.cuda.get_device_capability(gpu) for gpu in gpus)
+    return "bfloat16" if oldest >= (8, 0) else "float16"
 
 
 @dataclass
@@ -59,7 +61,8 @@ class RunConfig:
     The comment beside a field is its text in --help."""
     seed: int = 1337  # seed of the initialisation and of text samples
     eval_interval: int = 250  # steps between evaluations (validation loss, HellaSwag); 0: never
-    val_tokens: int = 10485760  # tokens to evaluate on, from the start of the validation shard
+    val_tokens: int = 2621440  # tokens to evaluate on, from the start of the validation shard
+    val_full_tokens: int = 10485760  # the same after the last step, as stream val_full; 0: none
     hella_limit: int = 10042  # number of HellaSwag items to score; 0: none
     checkpoint_interval: int = 1000  # steps between checkpoints; 0: only at the end
     keep_checkpoints: int = 0  # keep only the newest N checkpoints; 0: all
@@ -79,8 +82,8 @@ class RunConfig:
         "min_lr_ratio", "weight_decay", "beta1", "beta2", "grad_clip", "optimizer"}
     # name: (least, bound) for least <= value < bound; others (1, 2**40), floats (0, inf)
     limits = {"beta1": (0, 1), "beta2": (0, 1), "seed": (0, 2**63)} | dict.fromkeys(
-        ("max_steps", "warmup_steps", "eval_interval", "hella_limit", "checkpoint_interval",
-         "keep_checkpoints", "sample_interval", "bench"), (0, 2**40))
+        ("max_steps", "warmup_steps", "eval_interval", "val_full_tokens", "hella_limit",
+         "checkpoint_interval", "keep_checkpoints", "sample_interval", "bench"), (0, 2**40))
 
     @classmethod
     def option_groups(cls):
@@ -115,17 +118,44 @@ def make_parser(Config):
     modes = parser.add_argument_group("instead of training")
     modes.add_argument("--sample", metavar="TEXT",
                        help="continue TEXT with the newest checkpoint, or with --resume=FILE")
+    modes.add_argument("--max_new_tokens", metavar="N", type=int, default=100,
+                       help="length of the continuation that --sample writes (%(default)s)")
+    modes.add_argument("--temperature", metavar="X", type=float, default=1.0,
+                       help="of --sample (%(default)s): lower is safer, 0 the likeliest token")
     modes.add_argument("--export", metavar="DIR", help="write it as a Hugging Face folder instead")
     modes.add_argument("--bench", metavar="N", type=int, default=0,
                        help="time N training steps on random tokens, write nothing")
     return parser
 
 
+def nearest_divisor(n, goal):
+    """Return the divisor of n that is nearest to goal, of two the larger."""
+    return min((d for d in range(n, 0, -1) if n % d == 0), key=lambda d: abs(d - goal))
+
+
+def follow_n_embd(defaults, given):
+    """Return the widths of a model whose n_embd or n_head is given: heads keep their width, and the
+    other widths their proportion to n_embd. defaults, given: dicts of options."""
+    n_embd = given.get("n_embd", defaults["n_embd"])
+    scale = n_embd / defaults["n_embd"]
+    names = {"ffn_dim", "moe_ffn_dim", "q_lora_rank", "kv_lora_rank"} & defaults.keys()
+    widths = {name: max(8, 8 * round(defaults[name] * scale / 8)) for name in names}
+    if "n_head" in defaults:
+        # the width of a head is even, because rotary positions rotate pairs
+        widths["n_head"] = nearest_divisor(max(1, n_embd // 2), defaults["n_head"] * scale)
+    if "n_kv_head" in defaults:
+        n_head = given.get("n_head", widths["n_head"])
+        share = defaults["n_kv_head"] / defaults["n_head"]
+        widths["n_kv_head"] = nearest_divisor(n_head, n_head * share)
+    return widths
+
+
 def parse_args(Config, tiny):
     """Parse the command line and return (cfg, mode).
 
     tiny: what --tiny changes in the script's model. mode has the attributes `sample` and `export`
-    (str, None if not given) and `bench` (number of steps, 0 if not given)."""
+    (str, None if not given), `bench` (number of steps, 0 if not given), `max_new_tokens` (int) and
+    `temperature` (float)."""
     parser = make_parser(Config)
     mode, unknown = parser.parse_known_args()
     if unknown:
@@ -136,9 +166,12 @@ def parse_args(Config, tiny):
     values = {f.name: getattr(mode, f.name) for f in fields(Config)}
     given = {name: value for name, value in values.items() if value is not None}
     given.setdefault("dtype", default_dtype(given.get("device", RunConfig.device)))
+    defaults = {f.name: f.default for f in fields(Config)}
     if given.get("tiny"):
-        given = {**TINY_TRAINING, **tiny, **given}
-    for name, value in {**given, "bench": mode.bench}.items():
+        defaults |= {**TINY_TRAINING, **tiny}
+    given = {**defaults, **follow_n_embd(defaults, given), **given}
+    numbers = {name: getattr(mode, name) for name in ("bench", "max_new_tokens", "temperature")}
+    for name, value in {**given, **numbers}.items():
         default_limits = (0, math.inf) if isinstance(value, float) else (1, 2**40)
         least, bound = Config.limits.get(name, default_limits)
         if type(value) in (int, float) and not least <= value < bound:
@@ -191,8 +224,12 @@ class World:
 
 def init_world(device, dtype, seed):
     """Join the process group if torchrun started this process, choose the device, seed torch."""
-    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-    size = int(os.environ.get("WORLD_SIZE", 1))
+    launch = "WORLD_SIZE, RANK and their like come from torchrun: start with it, or unset them"
+    with explain(launch, ValueError):
+        rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+        size = int(os.environ.get("WORLD_SIZE", 1))
+        if not 0 <= rank < size:
+            raise ValueError(f"RANK={rank} of WORLD_SIZE={size}")
     sys.stdout.reconfigure(errors="replace")  # samples may hold what the terminal cannot show
     try:
         world = World(torch.device(device), rank, size, local_rank, getattr(torch, dtype))
@@ -209,9 +246,22 @@ def init_world(device, dtype, seed):
         fail(f"--device={device} cannot be used here: use cuda, mps or cpu, if PyTorch finds it")
     if size > 1:
         gpu = world.device if world.device.type == "cuda" else None
-        dist.init_process_group("nccl" if gpu else "gloo", device_id=gpu)
+        with explain(launch, ValueError, dist.DistError):
+            dist.init_process_group("nccl" if gpu else "gloo", device_id=gpu)
     torch.manual_seed(seed)
     return world
+
+
+def configure_compiler():
+    """Set what torch.compile needs for every script."""
+    # a block is compiled anew for training, for validation and for each length in HellaSwag
+    torch._dynamo.config.recompile_limit = 64
+    # otherwise the graph is split at each DDP bucket, which prevents fusion
+    torch._dynamo.config.optimize_ddp = False
+    # run the backward pass of fp32 regions in fp32, as eager mode does
+    torch._functorch.config.backward_pass_autocast = "off"
+    # this way to fuse sums has given wrong gradients since PyTorch 2.10 (its issue 193061)
+    torch._inductor.config.triton.mix_order_reduction = False
 
 
 def accumulation_steps(cfg, world):
@@ -266,12 +316,19 @@ class ShardLoader:
         if len(self.tokens) <= self.T:
             fail(f"the {split} shards in {cfg.data_dir} hold {len(self.tokens)} tokens: a row of "
                  f"--block_size={self.T} and its last target need more")
-        self.val_rows = min(cfg.val_tokens, len(self.tokens) - 1) // self.T
-        if split == "val" and self.val_rows == 0:
-            fail(f"--val_tokens={cfg.val_tokens} is less than a row of --block_size={self.T}")
-        steps = len(self.tokens) // cfg.total_batch_size
-        if split == "train" and steps < cfg.max_steps and world.rank == 0 and not synthetic:
-            print(f"{cfg.data_dir} has {len(self.tokens):,} tokens: they repeat after step {steps}")
+        for name in ("val_tokens", "val_full_tokens") if split == "val" else ():
+            if 0 < getattr(cfg, name) < self.T:
+                fail(f"--{name}={getattr(cfg, name)} is less than a row of --block_size={self.T}")
+        if world.rank == 0 and not synthetic:
+            self.say_if_short(cfg, split)
+
+    def say_if_short(self, cfg, split):
+        n = len(self.tokens)
+        if split == "train" and n // cfg.total_batch_size < cfg.max_steps:
+            steps = n // cfg.total_batch_size
+            print(f"{cfg.data_dir} has {n:,} tokens: they repeat after step {steps}")
+        if split == "val" and n < cfg.val_tokens:
+            print(f"{cfg.data_dir} has only {n:,} of --val_tokens={cfg.val_tokens}: all are used")
 
     def load(self, start, rows):
         """Read rows of tokens and the last target, in a thread; int16, as torch lacks uint16."""
@@ -308,10 +365,14 @@ class ShardLoader:
             (step * self.total_batch_size + (micro_step * size + rank) * tokens, self.B)
             for step in itertools.count(start_step) for micro_step in range(micro_steps))
 
-    def val_batches(self):
-        """Yield this rank's share of the val_rows rows: the same tokens whatever the batch size."""
-        rows = range(self.world.rank * self.B, self.val_rows, self.world.size * self.B)
-        return self.batches((row * self.T, min(self.B, self.val_rows - row)) for row in rows)
+    def val_batches(self, n_tokens):
+        """Yield this rank's batches of the first n_tokens, and what part of these rows each one has
+        (the same tokens whatever the batch size)."""
+        n_rows = min(n_tokens, len(self.tokens) - 1) // self.T
+        starts = range(self.world.rank * self.B, n_rows, self.world.size * self.B)
+        places = ((row * self.T, min(self.B, n_rows - row)) for row in starts)
+        for x, y, rows in self.batches(places):
+            yield x, y, rows / n_rows
 
 
 # ---- optimisation --------------------------------------------------------------------------------
@@ -349,9 +410,10 @@ class Optimizers(list):
             optimizer.load_state_dict(state)
 
 
-def generate(model, tokenizer, prompt, device, seed, new_tokens=100, top_k=50):
+def generate(model, tokenizer, prompt, device, seed, max_new_tokens=100, temperature=1.0, top_k=50):
     """Continue a prompt (list of tokens) by sampling among the top_k tokens; return prompt and
-    continuation as text. The padding of the vocabulary is never drawn."""
+    continuation as text. At temperature 0 the likeliest token comes next. The padding of the
+    vocabulary is never drawn."""
     ids = prompt or [tokenizer.eot_token]
     block_size = model.cfg.block_size
     recurrent = hasattr(model, "new_state")
@@ -362,13 +424,14 @@ def generate(model, tokenizer, prompt, device, seed, new_tokens=100, top_k=50):
     rng = torch.Generator().manual_seed(seed)
     # each step has another length, for which a compiled model would be compiled again
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        for _ in range(new_tokens):
+        for _ in range(max_new_tokens):
             if recurrent:
                 hidden = model.hidden(torch.tensor([unread], device=device), state)
             else:
                 hidden = model.hidden(torch.tensor([ids[-block_size:]], device=device))
             logits = model.lm_head(hidden[:, -1]).float().cpu()[0, :tokenizer.n_vocab]
-            values, tokens = logits.topk(min(top_k, len(logits)))
-            unread = [tokens[torch.multinomial(values.softmax(-1), 1, generator=rng)].item()]
+            values, tokens = logits.topk(min(top_k if temperature else 1, len(logits)))
+            probabilities = (values / (temperature or 1.0)).softmax(-1)
+            unread = [tokens[torch.multinomial(probabilities, 1, generator=rng)].item()]
             ids = ids + unread
     return tokenizer.decode(ids)

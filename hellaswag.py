@@ -24,6 +24,7 @@ import sys
 import time
 import urllib.request
 from collections import defaultdict
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -31,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import default_device, default_dtype, init_world
+from common import configure_compiler, default_device, default_dtype, init_world
 from fineweb import Parser, explain, fail, get_tokenizer, one_line_errors, replacing
 from run import load_model, read_checkpoint
 
@@ -188,15 +189,15 @@ class HellaSwag:
                 endings.append((r, t - 1, ids[t], i))
         return tokens, torch.tensor(endings).T
 
-    def losses(self, model, progress=False):
-        """Return the summed loss of each ending: float32 (items, 4), on the CPU."""
+    def losses(self, model, watch=iter):
+        """Return the summed loss of each ending: float32 (items, 4), on the CPU. watch: a function
+        that the batches pass through, to show progress or to give up."""
         device = self.world.device
         # ending tokens per call of lm_head: the logits of 128, 26 MB in fp32, fit a CPU's cache
         chunk = 128 if device.type == "cpu" else 8192
         losses = torch.zeros(self.lengths.numel(), device=device)
         with torch.no_grad(), self.world.autocast():
-            batches = tqdm(self.batches, "HellaSwag", unit="batch", disable=not progress)
-            for tokens, endings in batches:
+            for tokens, endings in watch(self.batches):
                 row, position, target, index = endings.to(device)
                 hidden = model.hidden(tokens.to(device))[row, position]
                 chunks = hidden.split(chunk), target.split(chunk), index.split(chunk)
@@ -205,9 +206,9 @@ class HellaSwag:
                     losses.index_add_(0, i, loss)
         return self.world.sum(losses).cpu().view(-1, 4)
 
-    def score(self, model, progress=False):
+    def score(self, model, watch=iter):
         """Return which items are right: {"acc": bool (items,), "acc_norm": bool (items,)}."""
-        losses = self.losses(model, progress)
+        losses = self.losses(model, watch)
         chosen = {"acc": losses.argmin(1), "acc_norm": (losses / self.lengths).argmin(1)}
         return {name: ending.numpy() == self.labels for name, ending in chosen.items()}
 
@@ -307,11 +308,13 @@ def main():
     with explain(f"--hellaswag_file={file}", OSError, ValueError):
         items = load_items(file, args.style)[:args.hella_limit]
     if args.compile:
+        configure_compiler()
         model.compile(dynamic=False)
     batch_tokens = args.batch_size * block_size
     scorer = HellaSwag(items, tokenizer, block_size, batch_tokens, world, args.compile, args.style)
     start = time.time()
-    scores = scorer.score(model.to(world.device).eval(), progress=True)
+    progress = partial(tqdm, desc="HellaSwag", unit="batch")
+    scores = scorer.score(model.to(world.device).eval(), progress)
     seconds = time.time() - start
     for name, right in scores.items():
         p = right.mean()

@@ -23,9 +23,64 @@ import torch
 import torch.distributed as dist
 
 from common import BENCH_WARMUP, generate, init_world, peak_flops
-from fineweb import explain, fail, get_tokenizer, replacing
+from fineweb import explain, fail, get_tokenizer, lock_folder, replacing
 
 PROMPT = "Hello, I'm a language model,"
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+def free_memory(device):
+    """Return the bytes that are free on a GPU, or for each process of this machine; None if the
+    system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if os.path.exists("/proc/meminfo"):
+        with open("/proc/meminfo") as file:
+            kilobytes = int(re.search(r"MemAvailable: *(\d+)", file.read())[1])
+        return kilobytes * 1024 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def check_memory(cfg, world, Model, accumulation):
+    """Say what a step needs, and end if that is more memory than is free. The estimate, good to
+    30%, comes from the forward pass of one row in a model of its own."""
+    kept = {}  # bytes of what the forward pass keeps for the backward pass
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.random.fork_rng(devices=[]):
+        model = Model(cfg).to(world.device)
+    row = torch.zeros(1, cfg.block_size, dtype=torch.long, device=world.device)
+    start = time.perf_counter()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), world.autocast():
+        model(row, row)
+    seconds = time.perf_counter() - start
+    for p in model.parameters():
+        kept.pop(p.data_ptr(), None)
+    n_params = model.num_params()["total"]
+    fixed = 16 * n_params  # weights, gradients and the two moments of AdamW, in fp32
+    per_row = sum(kept.values()) + 3 * 4 * cfg.block_size * cfg.vocab_size  # logits, their gradient
+    if world.dtype != torch.float32:
+        fixed += 2 * n_params  # the weights in 16 bits, which are kept once, not for each row
+        per_row -= 2 * n_params
+    if cfg.compile:
+        per_row *= 0.5  # fused operations keep less
+    free = free_memory(world.device)
+    need = fixed + cfg.batch_size * per_row
+    text = f"--batch_size={cfg.batch_size} needs about {need / 2**30:.1f} GiB of memory"
+    if free is not None:
+        text += f", and {free / 2**30:.1f} GiB are free"
+        if need > free:
+            rows = accumulation * cfg.batch_size
+            fitting = [b for b in range(1, rows) if rows % b == 0 and fixed + b * per_row <= free]
+            smaller = "a smaller model, for example with --tiny"
+            fail(f"{text}: use " + (f"--batch_size={max(fitting)}" if fitting else smaller))
+    if world.device.type == "cpu":  # with the backward pass it takes about four times as long
+        text += f"; a step takes about {4 * seconds * accumulation * cfg.batch_size:.0f} s"
+    if world.rank == 0 and need > 2**30:  # a small model needs no warning
+        print(f"estimate: {text}", flush=True)
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------
@@ -116,13 +171,14 @@ def resume(cfg, arch, world, model, optimizer, scaler):
         has_log = os.path.exists(os.path.join(folder, "log.txt"))
         if has_log and not os.path.samefile(os.path.dirname(os.path.abspath(path)), folder):
             fail(f"{folder} holds the log of another run than {path}: use another --log_dir")
-        # the model and the kind of optimizer must be the same, other options may change
+        # other options may change, but not the model, the kind of optimizer, and the number of
+        # tokens in a step, which gives the place in the data
         saved, now = checkpoint["config"], asdict(model.cfg)
         differing = [name for name in now if saved.get(name) != now[name] and name != "resume"]
-        fixed = [*cfg.option_groups()["model"], "optimizer"]
+        fixed = [*cfg.option_groups()["model"], "optimizer", "total_batch_size"]
         wanted = [f"--{name}={saved.get(name)}" for name in differing if name in fixed]
         if wanted:
-            fail(f"{path} has another shape or optimizer; to resume it use {' '.join(wanted)}")
+            fail(f"{path} was trained with other options; to resume it use {' '.join(wanted)}")
         changes = "".join(f", {name} {saved.get(name)} -> {now[name]}" for name in differing)
         message = f"resumed {path} at step {step}{changes}"
         with explain(f"{path} does not fit train_{arch}.py", AttributeError, RuntimeError):
@@ -149,15 +205,19 @@ class Run:
     """Log and console of a training run. Every process calls its methods; only rank 0 writes. The
     numbers of an update on a GPU are read during the next update, so that the GPU never waits."""
 
-    def __init__(self, cfg, arch, world, model, optimizer, scaler, bench):
-        """Resume, if --resume says so. bench: number of steps to time, or 0."""
+    def __init__(self, cfg, arch, world, model, optimizer, scaler, hellaswag, bench):
+        """Resume, if --resume says so. hellaswag: the scorer, or None. bench: number of steps to
+        time, or 0."""
         self.cfg = cfg
         self.arch = arch
         self.world = world
         self.model = model
         self.optimizer = optimizer
         self.scaler = scaler
+        self.hellaswag = hellaswag
         self.bench = bench
+        writes = world.rank == 0 and not bench
+        self.lock = lock_folder(cfg.log_dir, "--log_dir") if writes else None
         start = resume(cfg, arch, world, model, optimizer, scaler)
         self.checkpoint, self.start_step, self.tokens_per_second = start
         self.cuda = world.device.type == "cuda"
@@ -167,43 +227,80 @@ class Run:
         self.lag = int(self.cuda)  # how many updates may be pending
         self.clock = time.perf_counter()  # when the oldest pending update began
         self.seconds = []  # the duration of each update
-        self.signalled = False  # whether this process received SIGINT or SIGTERM
-        self.stopping = False  # whether any process did: all of them stop after the same step
+        self.signalled = False  # whether this process was asked to stop
+        self.stopping = False  # whether any process was: all of them stop at the same step
         self.log_path = os.path.join(cfg.log_dir, "log.txt")
         self.file = None  # the open log.txt, in the process that writes
-        if world.rank == 0 and not bench:
-            here = shlex.quote(os.path.dirname(os.path.abspath(__file__)))
-            self.commit = subprocess.getoutput(f"git -C {here} rev-parse HEAD 2>/dev/null")
+        if writes:
+            self.starts = self.earlier_starts()
             self.open_log()
             self.write_info()
-        for signum in signal.SIGINT, signal.SIGTERM:
-            signal.signal(signum, self.on_signal)
+        for signum in signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM):
+            if signal.getsignal(signum) != signal.SIG_IGN:  # nohup ignores SIGHUP
+                signal.signal(signum, self.on_signal)
         params = model.num_params()
         self.say(f"{arch}: {params['total']:,} parameters, {params['active']:,} active per token, "
                  f"{self.flops_per_token / 1e6:.1f} MFLOP/token, {world.size} x {self.device_name}")
 
+    def read_log(self):
+        """Return the lines of log.txt as (step, stream, line), without the last if it was cut."""
+        if not os.path.exists(self.log_path):
+            return []
+        with open(self.log_path, errors="replace") as file:
+            lines = file.read().split("\n")[:-1]
+        parsed = []
+        for number, line in enumerate(lines, 1):
+            match = re.fullmatch(r"(\d+) (\w+) \S+", line)
+            if not match:
+                fail(f"{self.log_path}, line {number} is not 'step stream value': repair or delete "
+                     "the line, or use another --log_dir")
+            parsed.append((int(match[1]), match[2], f"{line}\n"))
+        return parsed
+
     def open_log(self):
-        """Open log.txt, without its lines from start_step on. End if results would be lost."""
-        folder, lines = self.cfg.log_dir, []
-        if os.path.exists(self.log_path):
-            with open(self.log_path, errors="replace", newline="\n") as file:
-                lines = list(re.finditer(r"^(\d+) (\w+) \S+\n", file.read(), re.M))  # whole ones
-        last = max((int(line[1]) for line in lines if line[2] == "train"), default=-1)
+        """Open log.txt, without the lines that come again. End if results would be lost."""
+        folder, lines = self.cfg.log_dir, self.read_log()
+        last = max((step for step, stream, _ in lines if stream == "train"), default=-1)
         if not self.cfg.resume and (checkpoints(folder) or last >= 0):
             fail(f"{folder} holds a run: continue with --resume=auto, or use another --log_dir")
         if self.start_step == 0 and last >= self.cfg.checkpoint_interval > 0:
             fail(f"{folder} has a log but no checkpoint: put one back, or use another --log_dir")
+        # evaluations at start_step stay if they are not made again now
+        stays = {"val", "val_full", "hella"}
+        if self.evaluation_due(self.start_step):
+            stays = set() if self.hellaswag else {"hella"}
         with replacing(self.log_path) as file:
-            file.write("".join(m[0] for m in lines if int(m[1]) < self.start_step).encode())
+            for step, stream, line in lines:
+                if step < self.start_step or (step == self.start_step and stream in stays):
+                    file.write(line.encode())
         self.file = open(self.log_path, "a", buffering=1)
 
+    def earlier_starts(self):
+        """Return the starts that run.json has, the oldest first, and this one."""
+        here = shlex.quote(os.path.dirname(os.path.abspath(__file__)))
+        this = {
+            "step": self.start_step, "command": sys.argv, "config": asdict(self.cfg),
+            "device": self.device_name, "processes": self.world.size, "torch": torch.__version__,
+            "python": sys.version,
+            "git_commit": subprocess.getoutput(f"git -C {here} rev-parse HEAD 2>/dev/null")}
+        path = os.path.join(self.cfg.log_dir, "run.json")
+        if not (self.cfg.resume and os.path.exists(path)):
+            return [this]
+        with explain(f"{path} is damaged: repair or delete it", ValueError, TypeError):
+            with open(path) as file:
+                info = dict(json.load(file))
+        # before there was a list of starts, run.json described the latest one
+        first = {name: info.get(name) for name in this} | {"step": 0}
+        return [*info.get("starts", [first]), this]
+
     def write_info(self):
-        """Write run.json. Its speed is that of the median step, without evaluations."""
-        info = {
-            "arch": self.arch, "config": asdict(self.cfg), "params": self.model.num_params(),
-            "flops_per_token": self.flops_per_token, "tokens_per_second": self.tokens_per_second,
-            "device": self.device_name, "processes": self.world.size, "command": sys.argv,
-            "torch": torch.__version__, "python": sys.version, "git_commit": self.commit}
+        """Write run.json: the run as it is now, and every start of it. Its speed is that of the
+        median step, without evaluations."""
+        info = {"arch": self.arch, "params": self.model.num_params(),
+                "flops_per_token": self.flops_per_token,
+                "tokens_per_second": self.tokens_per_second, **self.starts[-1],
+                "starts": self.starts}
+        del info["step"]
         with replacing(os.path.join(self.cfg.log_dir, "run.json")) as file:
             file.write(json.dumps(info, indent=1).encode())
 
@@ -213,13 +310,30 @@ class Run:
 
     def say(self, text):
         if self.world.rank == 0:
-            print(text, flush=True)
+            try:
+                print(text, flush=True)
+            except OSError:  # the console is closed, for example by `| head`: save and stop
+                self.signalled = True
+                sys.stdout = open(os.devnull, "w")
 
     def on_signal(self, signum, frame):
         """Let the loop stop after this step; a second Ctrl-C ends the process at once."""
         self.signalled = True
         if signum == signal.SIGINT:
             signal.signal(signum, signal.SIG_DFL)
+            if self.world.rank == 0:  # print could be interrupted in itself
+                os.write(2, b"\nstopping after this step; once more: at once, without saving\n")
+
+    def until_signal(self, batches):
+        """Yield the batches of an evaluation, which is given up when this process must stop."""
+        for batch in batches:
+            if self.signalled or self.stopping:
+                return
+            yield batch
+
+    def evaluation_due(self, step):
+        interval = self.cfg.eval_interval
+        return interval > 0 and (step % interval == 0 or step == self.cfg.max_steps)
 
     def begin_update(self):
         """Start the clock, unless it runs for an update that is pending."""
@@ -278,13 +392,26 @@ class Run:
             text += f" | {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
         return text
 
-    def log_val(self, step, loss):
-        self.log(step, "val", f"{loss:.4f}")
-        self.say(f"step {step:5d} | validation loss {loss:.4f}")
+    def gave_up(self):
+        """Whether an evaluation is incomplete because any process was asked to stop."""
+        signalled = torch.tensor(float(self.signalled), device=self.world.device)
+        self.stopping = self.world.sum(signalled).item() > 0
+        return self.stopping
+
+    def log_val(self, step, stream, loss):
+        """Log the loss on validation tokens; loss: this process's part of it, a tensor."""
+        loss = self.world.sum(loss).item()
+        if self.gave_up():
+            return
+        self.log(step, stream, f"{loss:.4f}")
+        name = "validation loss" if stream == "val" else "full validation loss"
+        self.say(f"step {step:5d} | {name} {loss:.4f}")
         self.clock = time.perf_counter()  # HellaSwag begins
 
     def log_hella(self, step, correct):
         """Log acc_norm as `hella`, and keep which items were right: bool (items,)."""
+        if self.gave_up():
+            return
         if self.file:
             with replacing(os.path.join(self.cfg.log_dir, f"hella_{step}.npy")) as file:
                 np.save(file, correct)
@@ -327,6 +454,8 @@ class Run:
             folder = shlex.quote(self.cfg.log_dir)
             self.say(f"log: {self.log_path}\ncheckpoint: {self.checkpoint}\nnext: python "
                      f"train_{self.arch}.py --log_dir={folder} --sample=\"{PROMPT}\"")
+        if self.lock:
+            self.lock.release()
         if self.world.size > 1:
             dist.destroy_process_group()
 
@@ -346,7 +475,8 @@ def use_checkpoint(cfg, mode, arch, Config, Model, to_hf):
         device = init_world(cfg.device, cfg.dtype, cfg.seed).device
         if tokenizer := get_tokenizer(model.cfg.vocab_size):
             prompt = tokenizer.encode_ordinary(mode.sample)
-            print(generate(model.to(device), tokenizer, prompt, device, cfg.seed))
+            print(generate(model.to(device), tokenizer, prompt, device, cfg.seed,
+                           mode.max_new_tokens, mode.temperature))
 
 
 def export(model, folder, to_hf):

@@ -63,8 +63,8 @@ def test_the_training_loop_is_the_same_in_every_script():
         text = source_of(f"train_{arch}.py")
         loop = text[text.index(LOOP_BEGIN):text.index(LOOP_END)]
         loops.add(loop)
-        assert "loss.backward()" in loop
-        assert "optimizer.step()" in loop
+        assert "scaler.scale(loss).backward()" in loop
+        assert "scaler.step(optimizer)" in loop
     assert len(loops) == 1
 
 
@@ -150,7 +150,8 @@ EXCEPTIONS = [
     Difference("MLP.forward", "deepseek llama mistral | gemma | gpt2 | phi",
                "GELU in Gemma and GPT-2, no gate in GPT-2, one matrix in Phi"),
     Difference("Model.__init__", ALL_SEVEN, "each architecture has its own modules and initialisation"),
-    Difference("Model.compile", "gemma mistral | rwkv", "windows need a mask; RWKV compiles block by block"),
+    Difference("Model.compile", "deepseek | gemma mistral | gpt2 | llama phi | rwkv",
+               "one more block in DeepSeek, a mask for windows; LayerNorm is a kernel of its own in GPT-2 and RWKV"),
     Difference("Model.configure_optimizers", "deepseek | gemma llama mistral phi | gpt2 | rwkv",
                "experts in DeepSeek, other names and positions in GPT-2, three groups in RWKV"),
     Difference("Model.flops_per_token", "deepseek | gemma | gpt2 | llama phi | mistral | rwkv",
@@ -244,7 +245,7 @@ def test_files_are_short_and_narrow():
             lines = source_of(path).splitlines()
             limit = 120 if path.startswith(("test_", "conftest")) else 100
             assert max(map(len, lines)) <= limit, path
-            assert path not in ("common.py", "run.py") or len(lines) <= 360, path
+            assert len(lines) <= {"common.py": 440, "run.py": 560}.get(path, len(lines)), path
 
 
 def test_shared_files_know_no_architecture():
@@ -1441,7 +1442,7 @@ def test_compiled_gradients_keep_their_precision(arch):
         with torch._functorch.config.patch(backward_pass_autocast=setting):
             ours = gradients(torch.compile(call, backend="aot_eager", dynamic=False, fullgraph=True))
         assert all((a - b).norm() < 1e-4 * b.norm() for a, b in zip(ours, eager)) == fine
-    assert 'backward_pass_autocast = "off"' in inspect.getsource(script.main)
+    assert 'backward_pass_autocast = "off"' in inspect.getsource(common.configure_compiler)
 
 
 def test_rwkv_compiles_two_blocks_and_the_loss():

@@ -33,11 +33,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from common import (Optimizers, RunConfig, ShardLoader, accumulation_steps, cosine_lr, init_world,
-                    parse_args)
+from common import (Optimizers, RunConfig, ShardLoader, accumulation_steps,
+                    configure_compiler, cosine_lr, init_world, parse_args)
 from fineweb import get_tokenizer, one_line_errors
 from hellaswag import load_hellaswag
-from run import Run, use_checkpoint
+from run import Run, check_memory, use_checkpoint
 
 ARCH = "phi"
 
@@ -281,18 +281,15 @@ def main():
     val_loader = ShardLoader(cfg, "val", world, synthetic=mode.bench)
     tokenizer = get_tokenizer(cfg.vocab_size) if cfg.hella_limit or cfg.sample_interval else None
     hellaswag = load_hellaswag(cfg, world, tokenizer)
+    check_memory(cfg, world, Model, accumulation)
     model = Model(cfg).to(world.device)
     optimizer = model.configure_optimizers(cfg, world.device.type)
     # float16 has a narrow range: the loss is scaled, and an update with an overflow is skipped
     scaler = torch.amp.GradScaler(world.device.type, enabled=cfg.dtype == "float16")
-    run = Run(cfg, ARCH, world, model, optimizer, scaler, mode.bench)  # resumes, if asked to
+    # this loads the checkpoint that --resume names
+    run = Run(cfg, ARCH, world, model, optimizer, scaler, hellaswag, mode.bench)
     if cfg.compile:
-        # a block is compiled anew for training, for validation and for each length in HellaSwag
-        torch._dynamo.config.recompile_limit = 64
-        # otherwise the graph is split at each DDP bucket, which prevents fusion
-        torch._dynamo.config.optimize_ddp = False
-        # run the backward pass of fp32 regions in fp32, as eager mode does
-        torch._functorch.config.backward_pass_autocast = "off"
+        configure_compiler()
         model.compile(dynamic=False, fullgraph=True)
     ddp_model = model
     if world.size > 1:
@@ -302,21 +299,24 @@ def main():
     batches = train_loader.train_batches(run.start_step, accumulation)
 
     for step in range(run.start_step, cfg.max_steps + 1):  # `step` updates have been made
-        last_step = step == cfg.max_steps or run.stopping
+        last_step = step == cfg.max_steps
 
         # evaluate (a stopped run is evaluated after it resumes)
-        evaluation_due = cfg.eval_interval and (step % cfg.eval_interval == 0 or last_step)
-        if evaluation_due and not run.stopping:
+        if run.evaluation_due(step) and not run.stopping:
             run.flush()
             model.eval()
-            val_loss = torch.zeros((), device=world.device)
-            with torch.no_grad(), world.autocast():
-                for x, y, rows in val_loader.val_batches():
-                    _, loss = model(x, y)
-                    val_loss += loss * rows / val_loader.val_rows
-            run.log_val(step, world.sum(val_loss).item())
+            streams = {"val": cfg.val_tokens}
+            if last_step:
+                streams["val_full"] = cfg.val_full_tokens
+            for stream, n_tokens in streams.items():
+                val_loss = torch.zeros((), device=world.device)
+                with torch.no_grad(), world.autocast():
+                    for x, y, share in run.until_signal(val_loader.val_batches(n_tokens)):
+                        _, loss = model(x, y)
+                        val_loss += loss * share  # of all rows
+                run.log_val(step, stream, val_loss)
             if hellaswag:
-                run.log_hella(step, hellaswag.score(model)["acc_norm"])
+                run.log_hella(step, hellaswag.score(model, run.until_signal)["acc_norm"])
             model.train()
 
         # sample
@@ -325,9 +325,9 @@ def main():
 
         # save
         checkpoint_due = cfg.checkpoint_interval and step % cfg.checkpoint_interval == 0
-        if last_step or (checkpoint_due and step > run.start_step):
+        if last_step or run.stopping or (checkpoint_due and step > run.start_step):
             run.save(step)
-        if last_step:
+        if last_step or run.stopping:
             break
 
         # train
@@ -347,7 +347,8 @@ def main():
             scaler.scale(loss).backward()
             train_loss += loss.detach()
         scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        # 0 means no clipping
+        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or torch.inf)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
