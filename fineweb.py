@@ -44,14 +44,20 @@ HEADER_BYTES = 256 * 4
 
 # ---- errors and files (all scripts use these) ----------------------------------------------------
 
+def shorten(text, length):
+    """Return a text as one line. If it is longer than `length`, cut it at a blank and add "..."."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= length else line[:length].rsplit(" ", 1)[0] + " ..."
+
+
 def fail(message):
     """End the program with exit code 1 and the message as one line on stderr."""
-    sys.exit("error: " + " ".join(str(message).split())[:500])
+    sys.exit("error: " + shorten(message, 500))
 
 
 def describe(error):
     """Return the type and the message of an exception."""
-    return f"{type(error).__name__}: {str(error)[:300]}"
+    return f"{type(error).__name__}: {shorten(error, 300)}"
 
 
 @contextmanager
@@ -225,18 +231,30 @@ def check(data_dir):
 #   counts       number of documents of each file read to its end, to skip it later (Files only)
 
 def text_column(names, where):
-    """Return the name of the text column: text in FineWeb, Text or TEXT in other data."""
-    for name in names:
-        if name.lower() == "text":
-            return name
-    fail(f"{where}: no text column among: {', '.join(names)}; rename the right one to text")
+    """Return the name of the text column: text, or else the only one spelled like Text or TEXT."""
+    exact = [name for name in names if name == "text"]
+    found = exact or [name for name in names if name.lower() == "text"]
+    if len(found) > 1:
+        fail(f"{where}: {len(found)} text columns: {', '.join(found)}; name only one of them text")
+    if not found:
+        fail(f"{where}: no text column among: {', '.join(names)}; rename the right one to text")
+    return found[0]
+
+
+def holds_text(arrow_type):
+    """Return whether the values of an Arrow type are strings or missing."""
+    from pyarrow import types
+    if types.is_dictionary(arrow_type):  # to_pylist decodes it
+        arrow_type = arrow_type.value_type
+    return (types.is_string(arrow_type) or types.is_large_string(arrow_type)
+            or types.is_string_view(arrow_type) or types.is_null(arrow_type))
 
 
 def column_texts(tables, where):
     """Yield the texts of Arrow tables of one column."""
     for table in tables:
         column = table.schema.field(0)
-        if not re.search("string|null", str(column.type)):
+        if not holds_text(column.type):
             fail(f"{where}: the column {column.name} holds {column.type}; it must hold strings")
         yield from table.column(0).to_pylist()
 

@@ -116,12 +116,19 @@ def zst(data):
     return sink.getvalue().to_pybytes()
 
 
-def parquet(docs, column="text"):
-    """Return documents as a parquet file in several row groups."""
+def parquet(docs, column="text", kind=None, **more):
+    """Return documents as a parquet file in several row groups.
+
+    kind: the name of their Arrow type, by default what pyarrow infers. more: other columns."""
     import pyarrow
     import pyarrow.parquet
+    types = {
+        "dictionary": lambda: pyarrow.dictionary(pyarrow.int32(), pyarrow.string()),
+        "struct": lambda: pyarrow.struct({"content": pyarrow.string()}),
+    }
+    arrow_type = types[kind]() if kind in types else kind and getattr(pyarrow, kind)()
     sink = io.BytesIO()
-    table = pyarrow.table({"id": range(len(docs)), column: docs})
+    table = pyarrow.table({"id": range(len(docs)), column: pyarrow.array(docs, arrow_type), **more})
     pyarrow.parquet.write_table(table, sink, row_group_size=50)
     return sink.getvalue()
 
@@ -256,6 +263,12 @@ def test_place_after_every_shard(gpt2_bpe, tmp_path):
     ("a.json", lambda docs: json_array(docs)),
     ("a.json.gz", lambda docs: gzip.compress(jsonl(docs, "TEXT"))),
     ("a.parquet", lambda docs: parquet(docs, "Text")),
+    ("large.parquet", lambda docs: parquet(docs, kind="large_string")),
+    ("view.parquet", lambda docs: parquet(docs, kind="string_view")),
+    ("dictionary.parquet", lambda docs: parquet(docs, kind="dictionary")),
+    ("exact.parquet", lambda docs: parquet(docs, Text=docs[::-1], TEXT=docs[::-1])),
+    ("exact.jsonl", lambda docs: b"".join(
+        json.dumps({"TEXT": "no", "Text": "no", "text": doc}).encode() + b"\n" for doc in docs)),
     ("a.txt", txt),
     ("a.txt.xz", lambda docs: lzma.compress(txt(docs))),
     ("a.txt.zst", lambda docs: zst(txt(docs))),
@@ -357,7 +370,14 @@ BAD = {  # case: files to make, options, what the one line must say
     "not an object": ({"a.jsonl": b'"a"\n'}, "--files a.jsonl", "a.jsonl line 1"),
     "not a string": ({"a.jsonl": b'{"text": 5}\n'}, "--files a.jsonl", "a.jsonl line 1"),
     "no column": ({"a.parquet": lambda: parquet(["x"], "body")}, "--files a.parquet", "no text column among: id, body"),
-    "not text": ({"a.parquet": lambda: parquet([1, 2])}, "--files a.parquet", "int64"),
+    "two fields": ({"a.jsonl": b'{"Text": "a", "TEXT": "b"}\n'}, "--files a.jsonl", "line 1: 2 text columns: Text, TEXT"),
+    "two columns": (
+        {"a.parquet": lambda: parquet(["a"], "Text", TEXT=["b"])}, "--files a.parquet", "2 text columns: Text, TEXT"),
+    "not text": ({"a.parquet": lambda: parquet([1, 2])}, "--files a.parquet", "holds int64"),
+    "bytes": ({"a.parquet": lambda: parquet([b"a"])}, "--files a.parquet", "holds binary"),
+    "list of strings": ({"a.parquet": lambda: parquet([["a", "b"]] * 20)}, "--files a.parquet", "holds list<"),
+    "struct of strings": (
+        {"a.parquet": lambda: parquet([{"content": "a"}], kind="struct")}, "--files a.parquet", "holds struct<content"),
     "empty": ({"a.jsonl": b""}, "--files a.jsonl", "only 0 tokens"),
     "blank": ({"a.txt": b" \n"}, "--files a.txt", "only 0 tokens"),
     "small": ({"a.txt": b"hello world"}, "--files a.txt", "only 3 tokens"),
@@ -432,6 +452,14 @@ def test_disk_full(gpt2_bpe, tmp_path):
     assert [path.name for path in sorted(out.iterdir())] == ["fineweb_val_000000.bin", "progress.json"]
     run_fineweb(*args)
     assert shard_bytes(out) == expected_shards(gpt2_bpe, docs, 1000, 10000)
+
+
+def test_long_messages_are_cut_at_a_word(capsys):
+    with pytest.raises(SystemExit) as e:
+        fineweb.fail("a word " * 100)
+    assert e.value.code == "error: " + "a word " * 71 + "a ..."
+    assert fineweb.describe(OSError("x" * 400)) == "OSError: " + "x" * 300 + " ..."
+    assert fineweb.describe(OSError("short\n enough")) == "OSError: short enough"
 
 
 # ---- the hub: a stand-in for huggingface.co on the loopback ----------------------------------------------------------
@@ -513,6 +541,8 @@ def test_hub(gpt2_bpe, tmp_path, hub):
         "train-00001.parquet": parquet(docs[200:], "TEXT"),
     }
     Hub.repos["some/images"] = {"train-00000.parquet": parquet(docs[:20], "caption")}
+    Hub.repos["some/lists"] = {"train-00000.parquet": parquet([[doc] for doc in docs[:20]])}
+    Hub.repos["some/pair"] = {"train-00000.parquet": parquet(docs[:20], "Text", TEXT=docs[:20])}
     expected = expected_shards(gpt2_bpe, docs, 1000, 5000)
     ends = np.cumsum([len(document_tokens(gpt2_bpe, doc)) for doc in docs])
     *_, total = ends.tolist()
@@ -538,6 +568,9 @@ def test_hub(gpt2_bpe, tmp_path, hub):
         assert_complete(name)
     wrong = [
         (["--dataset", "some/images"], "no text column among: id, caption"),
+        (["--dataset", "some/lists", "--val_tokens", 5], "holds list<"),
+        (["--dataset", "some/lists", "--val_tokens", 5, "--max_tokens", 9], "holds list<"),
+        (["--dataset", "some/pair"], "2 text columns: Text, TEXT"),
         (["--dataset", "some/set", "--split", "test"], "--split"),
     ]
     for options, says in wrong:
