@@ -26,7 +26,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from fineweb import Parser, TokenSequence, fail, open_shards, write_builtin_text
+from fineweb import (
+    Parser, TokenSequence, fail, missing_shards, open_shards, write_builtin_text)
 
 BENCH_WARMUP = 5  # steps that --bench does not count: compilation and the first allocations
 # what --tiny changes; each script adds the size of its model
@@ -272,6 +273,9 @@ class ShardLoader:
         steps = len(self.tokens) // cfg.total_batch_size
         if split == "train" and steps < cfg.max_steps and world.rank == 0 and not synthetic:
             print(f"{cfg.data_dir} has {len(self.tokens):,} tokens: they repeat after step {steps}")
+        if split == "train" and world.rank == 0 and (gaps := missing_shards(self.tokens.paths)):
+            print(f"{cfg.data_dir} lacks train shard {gaps}: a run with it sees other data in the "
+                  "same steps", file=sys.stderr)
 
     def load(self, start, rows):
         """Read rows of tokens and the last target, in a thread; int16, as torch lacks uint16."""

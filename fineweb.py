@@ -22,6 +22,7 @@ import argparse
 import glob
 import gzip
 import io
+import itertools
 import json
 import lzma
 import multiprocessing
@@ -167,14 +168,44 @@ class TokenSequence:
         return tokens
 
 
+def splits_of(path):
+    """Return the splits in the name of a shard, a list of "train" and "val". It should be one."""
+    name = os.path.basename(path).lower()
+    words = re.split("[^a-z]+", name)  # retrieval_train_000001.bin holds "val" in no word of its own
+    return ([split for split in ("train", "val") if split in words]
+            or [split for split in ("train", "val") if split in name])
+
+
+def name_order(path):
+    """Return the key that sorts shards by name, but train_9.bin before train_10.bin."""
+    return re.sub(r"\d+(?=\D*$)", lambda number: number[0].zfill(20), os.path.basename(path))
+
+
+def missing_shards(paths):
+    """Return the gaps in the numbers of the shards of one split, as text: "" or "2, 3".
+    Numbers start at 0 or 1. Names that differ in more than the number are counted apart."""
+    series = {}  # the name up to the number -> the numbers
+    for path in paths:
+        if match := re.fullmatch(r"(.*?)(\d+)\.bin", path):
+            series.setdefault(match[1], set()).add(int(match[2]))
+    missing = (str(number) for numbers in series.values()
+               for number in range(0 if 0 in numbers else 1, max(numbers)) if number not in numbers)
+    first = list(itertools.islice(missing, 21))  # a date as the number may leave millions of gaps
+    return ", ".join(first[:20] + ["..."] * (len(first) > 20))
+
+
 def open_shards(data_dir, split, vocab_size):
     """Return the shards of a split, "train" or "val", in the order of their names."""
-    pattern = f"*_{split}_*.bin"
-    paths = sorted(glob.glob(os.path.join(glob.escape(data_dir), pattern)))
+    paths, shards = [], []
+    for path in sorted(glob.glob(os.path.join(glob.escape(data_dir), "*.bin")), key=name_order):
+        splits = splits_of(path)
+        if len(splits) == 2:
+            fail(f"{path}: its name holds both train and val; rename it, or move it away")
+        if splits == [split]:
+            paths.append(path)
     if not paths:
-        fail(f"no {split} shards ({pattern}) in {data_dir}: make them with fineweb.py, or use "
+        fail(f"no {split} shards (*{split}*.bin) in {data_dir}: make them with fineweb.py, or use "
              "--data_dir=DIR")
-    shards = []
     for path in paths:
         with explain(path, OSError, ValueError):
             shards.append(open_shard(path))
@@ -189,11 +220,11 @@ def shard_path(data_dir, index):
 
 def check(data_dir):
     """Print a table of the shards. Return the exit code: 1 if a shard is bad or missing, else 0."""
-    paths = sorted(glob.glob(os.path.join(glob.escape(data_dir), "*.bin")))
+    paths = sorted(glob.glob(os.path.join(glob.escape(data_dir), "*.bin")), key=name_order)
     if not paths:
         fail(f"no shards (*.bin) in {data_dir}; give their folder with --data_dir")
     names = {path: os.path.basename(path) for path in paths}
-    paths.sort(key=lambda path: "_val_" not in names[path])  # validation first: False comes first
+    paths.sort(key=lambda path: splits_of(path) != ["val"])  # validation first: False comes first
     format_row = "{:<28}{:>13}{:>11}{:>12}  {:<17}{}".format
     print(format_row("shard", "tokens", "documents", "largest id", "starts with", "verdict"))
     total = bad = 0
@@ -208,18 +239,23 @@ def check(data_dir):
             start = "a document" if tokens[0] == EOT else "a remainder"
             if largest > EOT:
                 verdict = f"BAD: the token ids of GPT-2 end at {EOT}"
-            elif "_val_" in names[path] and tokens[0] != EOT:  # train shards may continue one
-                verdict = f"BAD: its first token is not {EOT}"
+            elif splits_of(path) == ["val"] and path == paths[0] and tokens[0] != EOT:
+                verdict = f"BAD: its first token is not {EOT}"  # later shards may continue one
+            elif len(splits_of(path)) != 1:
+                verdict = "BAD: its name must hold train or val, and not both"
         except (OSError, ValueError) as e:
             verdict = f"BAD: {e}"
         total += count
         if verdict != "ok":
             bad += 1
         print(format_row(names[path], f"{count:,}", f"{documents:,}", largest, start, verdict))
-    present = {int(n) for n in re.findall(r"_(\d+)\.bin$", "\n".join(paths), re.MULTILINE)}
-    missing = [str(i) for i in range(max(present, default=0)) if i not in present]
-    gaps = f", MISSING: {', '.join(missing)}" if missing else ""
-    print(f"{len(paths)} shards, {total:,} tokens, {bad} bad{gaps}")
+    missing = []
+    for split, first in ("val", "0"), ("train", "1"):
+        of_split = [path for path in paths if splits_of(path) == [split]]
+        gaps = missing_shards(of_split) if of_split else first
+        missing += [f"{gaps} of {split}"] if gaps else []
+    print(f"{len(paths)} shards, {total:,} tokens, {bad} bad"
+          + (f", MISSING: {'; '.join(missing)}" if missing else ""))
     return 1 if bad or missing else 0
 
 
@@ -618,25 +654,43 @@ def make_shards(data_dir, source, shard_size, val_tokens, max_tokens, num_proc):
     print(f"{data_dir}: {done:,} tokens in {shard} shards")
 
 
+def find_published(repo):
+    """Return {local name: (split, published name, bytes)} of a repository's shards, validation
+    first. Splits and numbers stay; a shard without a number gets the first, 0 for val, 1 for train.
+    """
+    from huggingface_hub import HfApi
+    found = {}
+    for entry in HfApi().list_repo_tree(repo, repo_type="dataset"):
+        splits = splits_of(entry.path)
+        if not entry.path.endswith(".bin") or not splits:
+            continue
+        if len(splits) == 2:
+            fail(f"--dataset {repo}: the name {entry.path} holds both train and val")
+        number = re.search(r"(\d+)\.bin$", entry.path)
+        index = int(number[1]) if number else int(splits == ["train"])
+        name = f"fineweb_{splits[0]}_{index:06d}.bin"
+        if name in found:
+            fail(f"--dataset {repo}: {found[name][1]} and {entry.path} would both become {name}")
+        found[name] = splits[0], entry.path, entry.size
+    return dict(sorted(found.items(), key=lambda item: (item[1][0] != "val", name_order(item[0]))))
+
+
 def fetch_shards(data_dir, repo, max_tokens):
     """Download published shards, validation first, until there are max_tokens (None: all). Shards
     that are in the folder already are kept if they are whole."""
-    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub import hf_hub_download
     if os.path.exists(os.path.join(data_dir, "progress.json")):
         fail(f"{data_dir} holds shards made here (progress.json); use another --data_dir")
     total = 0
+    begun = set()  # splits of which there is a shard: each gets one, whatever max_tokens is
     try:
-        published = []  # (index, name, bytes) of each shard
-        for entry in HfApi().list_repo_tree(repo, repo_type="dataset"):
-            match = re.search(r"_(?:val|train)_(\d+)\.bin$", entry.path)
-            if match:
-                published.append((int(match[1]), entry.path, entry.size))
+        published = find_published(repo)
         if not published:
             fail(f"--dataset {repo}: no shards (*_val_000000.bin, *_train_000001.bin, ...) in it")
-        for i, (index, name, size) in enumerate(sorted(published)):
-            if max_tokens and total >= max_tokens and i >= 2:  # at least one to train on
-                break
-            path = shard_path(data_dir, index)
+        for local_name, (split, name, size) in published.items():
+            if max_tokens and total >= max_tokens and split in begun:
+                continue
+            path = os.path.join(data_dir, local_name)
             try:
                 whole = open_shard(path).nbytes + HEADER_BYTES == size
             except (OSError, ValueError):
@@ -647,6 +701,7 @@ def fetch_shards(data_dir, repo, max_tokens):
                 file = hf_hub_download(repo, name, repo_type="dataset", local_dir=data_dir)
                 os.replace(file, path)
             total += len(open_shard(path))
+            begun.add(split)
             print(f"{path}: {'already here' if whole else 'downloaded'}, {total:,} tokens so far")
     except Exception as e:
         fail(f"--dataset {repo}: download stopped ({describe(e)}); start again to resume")

@@ -29,7 +29,7 @@ import numpy as np
 import pytest
 
 import fineweb
-from conftest import ROOT, Answer, serve
+from conftest import QUICK, ROOT, Answer, serve, shards, shell
 
 FINEWEB = [sys.executable, os.path.join(ROOT, "fineweb.py")]
 # matches tqdm's bars
@@ -349,6 +349,84 @@ def test_check(gpt2_bpe, tmp_path):
     assert "MISSING: 0" in check(1)
 
 
+# names of published sets -> the order of the train shards
+FOREIGN = {
+    "llm.c tinyshakespeare": (["tiny_shakespeare_val.bin", "tiny_shakespeare_train.bin"], [1]),
+    "llm.c tinystories": (["TinyStories_val.bin", "TinyStories_train.bin"], [1]),
+    "llm.c fineweb": (["fineweb_val_000000.bin", "fineweb_train_000001.bin", "fineweb_train_000002.bin"], [1, 2]),
+    "modded-nanogpt": (
+        ["finewebedu_val_000000.bin", "finewebedu_train_000001.bin", "finewebedu_train_000002.bin"], [1, 2]),
+    "parameter-golf": (["fineweb_val_000000.bin", "fineweb_train_000000.bin", "fineweb_train_000001.bin"], [1, 2]),
+    "unpadded": (["x_val_1.bin", "x_train_10.bin", "x_train_9.bin", *(f"x_train_{i}.bin" for i in range(1, 9))],
+                 [3, 4, 5, 6, 7, 8, 9, 10, 2, 1]),
+    "a word within a word": (["retrieval_val_0.bin", "retrieval_train_1.bin"], [1]),
+    "longer words": (["validation-00.bin", "Training-00.bin"], [1]),
+    "no numbers": (["val.bin", "train.bin"], [1]),
+}
+
+
+@pytest.mark.parametrize("which", FOREIGN)
+def test_foreign_names(tmp_path, which):
+    """Published sets of shards are read as they are: by split, in the order of their numbers, without complaint."""
+    names, order = FOREIGN[which]
+    folder = tmp_path / "data2"
+    folder.mkdir()
+    for token, name in enumerate(names):
+        fineweb.write_shard(str(folder / name), [50256, token])
+    train = fineweb.open_shards(str(folder), "train", 50257)
+    assert train.read(0, len(train)).tolist() == [token for number in order for token in (50256, number)]
+    assert fineweb.open_shards(str(folder), "val", 50257).read(0, 2).tolist() == [50256, 0]
+    assert fineweb.missing_shards(train.paths) == ""
+    table, _ = run_fineweb("--check", "--data_dir", folder)
+    assert table.splitlines()[1].startswith(names[0])
+    assert table.splitlines()[-1] == f"{len(names)} shards, {2 * len(names)} tokens, 0 bad"
+
+
+@pytest.mark.parametrize("name", ["trainval_000001.bin", "x_train_val_000001.bin", "val_of_train.bin"])
+def test_a_name_with_both_splits_is_refused(tmp_path, name):
+    for i, other in enumerate(["x_val_000000.bin", "x_train_000001.bin", name]):
+        fineweb.write_shard(str(tmp_path / other), [50256, i])
+    for split in "train", "val":
+        with pytest.raises(SystemExit) as e:
+            fineweb.open_shards(str(tmp_path), split, 50257)
+        assert e.value.code == (f"error: {tmp_path / name}: its name holds both train and val; rename it, or move it "
+                                "away")
+    table, _ = run_fineweb("--check", "--data_dir", tmp_path, code=1)
+    assert "BAD: its name must hold train or val, and not both" in table
+
+
+@pytest.mark.parametrize("names, train_gaps, says", [
+    (["x_val_0.bin", "x_train_0.bin", "x_train_2.bin"], "1", "1 of train"),
+    (["x_val_0.bin", "x_train_2.bin", "x_train_5.bin"], "1, 3, 4", "1, 3, 4 of train"),
+    (["x_val_1.bin", "x_train_1.bin", "x_train_2.bin"], "", ""),
+    (["x_val_0.bin", "x_val_2.bin", "x_train_0.bin", "y_train_2.bin"], "1", "1 of val; 1 of train"),
+    (["x_train_1.bin", "x_train_3.bin"], "2", "0 of val; 2 of train"),
+    (["x_val_0.bin"], None, "1 of train"),
+    (["x_val_0.bin", "x_train_20240131.bin"], ", ".join(map(str, range(1, 21))) + ", ...", "20, ... of train"),
+])
+def test_missing_shards(tmp_path, names, train_gaps, says):
+    for name in names:
+        fineweb.write_shard(str(tmp_path / name), [50256, 1])
+    if train_gaps is not None:
+        paths = fineweb.open_shards(str(tmp_path), "train", 50257).paths
+        assert fineweb.missing_shards(paths) == train_gaps
+    table, _ = run_fineweb("--check", "--data_dir", tmp_path, code=1 if says else 0)
+    *_, last = table.splitlines()
+    assert last.endswith(says or "0 bad")
+    assert ("MISSING" in last) == bool(says)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_training_warns_of_a_gap(tmp_path, processes):
+    """A gap in the train shards is one line, however many processes read them."""
+    shards("data")
+    os.unlink("data/x_train_000002.bin")
+    options = ["--data_dir=data", *QUICK, "--max_steps=2", "--vocab_size=256"]
+    result = shell("train_gpt2.py", *options, processes=0 if processes == 1 else processes)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("data lacks train shard 2:") == 1
+
+
 # ---- bad input -------------------------------------------------------------------------------------------------------
 
 CUT_GZIP = gzip.compress(bytes(range(97, 120)) * 99)[:-9]
@@ -610,6 +688,35 @@ def test_pretokenized(tmp_path, hub):
     edu = tmp_path / "edu"
     run_fineweb("--pretokenized", "--dataset", "kjj0/finewebedu10B-gpt2", "--data_dir", edu, env=hub)
     assert list(shard_bytes(edu)) == ["fineweb_train_000001.bin", "fineweb_val_000000.bin"]
+    # each split keeps its own numbers
+    golf = {name: shard(80 + i, i) for i, name in enumerate(
+        ["x_train_000000.bin", "x_train_000001.bin", "x_val_000000.bin", "x_val_000001.bin", "tokenizer.bin"])}
+    tiny = {"tiny_shakespeare_train.bin": shard(70, 1), "TinyStories_val.bin": shard(70, 2)}
+    Hub.repos |= {"some/golf": golf, "some/tiny": tiny}
+    for repo, most, local in [
+        ("some/golf", None, {f"fineweb_{name}": golf[f"x_{name}"] for name in (
+            "train_000000.bin", "train_000001.bin", "val_000000.bin", "val_000001.bin")}),
+        ("some/golf", 1, {f"fineweb_{name}": golf[f"x_{name}"] for name in ("train_000000.bin", "val_000000.bin")}),
+        ("some/tiny", None, {"fineweb_train_000001.bin": tiny["tiny_shakespeare_train.bin"],
+                             "fineweb_val_000000.bin": tiny["TinyStories_val.bin"]}),
+    ]:
+        out = tmp_path / f"{repo} {most}"
+        for _ in "first", "again":
+            Hub.log.clear()
+            options = ["--max_tokens", most] if most else []
+            run_fineweb("--pretokenized", "--dataset", repo, *options, "--data_dir", out, env=hub)
+            assert shard_bytes(out) == local
+        assert not Hub.log
+        run_fineweb("--check", "--data_dir", out)
+    for names, says in [
+        (["a_train_1.bin", "b_train_000001.bin"], "a_train_1.bin and b_train_000001.bin would both become"),
+        (["a_train.bin", "a_train_000001.bin"], "would both become fineweb_train_000001.bin"),
+        (["a_trainval_1.bin"], "both train and val"),
+    ]:
+        Hub.repos["some/pair"] = {name: shard(70, 1) for name in names}
+        _, errors = run_fineweb("--pretokenized", "--dataset", "some/pair", "--data_dir", tmp_path / "bad", env=hub,
+                                code=1)
+        assert_one_line(errors, says)
     Hub.repos["some/empty"] = {"README.md": b"x"}
     for repo in "some/empty", "no/such":
         _, errors = run_fineweb("--pretokenized", "--dataset", repo, "--data_dir", tmp_path / "bad", env=hub, code=1)
