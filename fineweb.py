@@ -28,7 +28,9 @@ import lzma
 import multiprocessing
 import os
 import re
+import secrets
 import signal
+import socket
 import sys
 import threading
 from collections import deque
@@ -92,21 +94,54 @@ class Parser(argparse.ArgumentParser):
 
 @contextmanager
 def replacing(path):
-    """Open path.tmp for writing; rename it to path once it is whole and on the disk; delete it
-    after an error. Raise OSError, with the path, if it cannot be written."""
+    """Open a temporary file beside path for writing; rename it to path once it is whole and on the
+    disk; delete it after an error. Raise OSError, with the path, if it cannot be written."""
+    # a name for this writer only: two processes, of two machines even, may write the same file
+    temporary = f"{path}.{secrets.token_hex(4)}.tmp"
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with open(path + ".tmp", "wb") as f:
+        with open(temporary, "xb") as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
-        os.replace(path + ".tmp", path)
+        os.replace(temporary, path)
     except BaseException as e:
         with suppress(OSError):
-            os.unlink(path + ".tmp")
+            os.unlink(temporary)
         if isinstance(e, OSError) or isinstance(e.__context__, OSError):  # torch.save wraps it
             raise OSError(f"cannot write {path}: {e}; what was there before is untouched") from e
         raise
+
+
+def lock_folder(folder, option):
+    """Create a folder if need be and lock it for this process, as its only writer. End the program
+    if another process holds the lock. Delete the temporary files of writers that were killed.
+
+    folder: its path. option: the option that chose it, such as "--data_dir", for the message.
+    Return the open lock file; the lock is held until it is closed or this process ends, however it
+    ends. The file .lock stays, and says who held the lock last. Raise OSError if it cannot be
+    written."""
+    os.makedirs(folder, exist_ok=True)
+    file = open(os.path.join(folder, ".lock"), "a+")
+    # The kernel drops this lock with the process. On disks without such locks the package filelock
+    # would leave a marker file, which after kill -9 someone must delete.
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # file systems differ in which they raise
+        file.seek(0)
+        holder = file.read() or "unknown"
+        fail(f"another process writes to {folder}: {holder}; wait for it, or use another {option}")
+    except (OSError, ModuleNotFoundError) as e:  # some network disks; Windows
+        print(f"{folder} cannot be locked ({e}): take care that no other process writes to it",
+              file=sys.stderr)
+        return file
+    file.truncate(0)
+    file.write(f"PID {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    for path in glob.glob(os.path.join(glob.escape(folder), "*." + "[0-9a-f]" * 8 + ".tmp")):
+        os.unlink(path)
+    return file
 
 
 # ---- shards --------------------------------------------------------------------------------------
@@ -566,6 +601,23 @@ class TokenReader:
 
 # ---- making the shards ---------------------------------------------------------------------------
 
+@contextmanager
+def writing_shards(data_dir):
+    """Create and lock the folder of the shards. Remove it again if this try made it but no shard,
+    unless there are files in it from which a download resumes."""
+    existed = os.path.isdir(data_dir)
+    with lock_folder(data_dir, "--data_dir"):
+        try:
+            yield
+        finally:
+            if not existed and not glob.glob(os.path.join(glob.escape(data_dir), "*.bin")):
+                for name in ".lock", "progress.json":
+                    with suppress(FileNotFoundError):
+                        os.unlink(os.path.join(data_dir, name))
+                with suppress(OSError):  # it is not empty
+                    os.rmdir(data_dir)
+
+
 def save_progress(data_dir, progress):
     """Write progress.json."""
     with replacing(os.path.join(data_dir, "progress.json")) as f:
@@ -585,9 +637,14 @@ def load_progress(data_dir, options):
     try:
         with open(path) as f:
             progress = json.load(f)
-        old_options, shards = progress["options"], progress["shard"]
-    except (ValueError, KeyError, TypeError):
+        if any(type(progress[key]) is not type(value) for key, value in fresh.items()):
+            raise TypeError
+        numbers = [progress["shard"], progress["document"], progress["token"], progress["tokens"]]
+        if any(type(n) is not int or n < 0 for n in numbers + progress["counts"]):
+            raise ValueError
+    except (ValueError, KeyError, TypeError, RecursionError):
         fail(f"{path} is damaged; delete it and the shards beside it, or use another --data_dir")
+    old_options, shards = progress["options"], progress["shard"]
     if old_options != options:
         if shards == 0:
             return fresh
@@ -776,16 +833,16 @@ def main():
     try:
         if args.check:
             sys.exit(check(args.data_dir))
-        os.makedirs(args.data_dir, exist_ok=True)
-        if args.pretokenized:
-            return fetch_shards(args.data_dir, args.dataset, args.max_tokens)
-        if args.files:
-            source = Files(args.files)
-        else:
-            streaming = args.max_tokens is not None  # download only the text that is needed
-            source = Hub(args.dataset, args.name, args.split, streaming, args.num_proc)
-        make_shards(args.data_dir, source, args.shard_size, args.val_tokens, args.max_tokens,
-                    args.num_proc)
+        with writing_shards(args.data_dir):
+            if args.pretokenized:
+                return fetch_shards(args.data_dir, args.dataset, args.max_tokens)
+            if args.files:
+                source = Files(args.files)
+            else:
+                streaming = args.max_tokens is not None  # download only the text that is needed
+                source = Hub(args.dataset, args.name, args.split, streaming, args.num_proc)
+            make_shards(args.data_dir, source, args.shard_size, args.val_tokens, args.max_tokens,
+                        args.num_proc)
     except OSError as e:  # disk full, no permission, ...
         fail(f"{args.data_dir}: {describe(e)}; solve the problem and start again to resume")
     except KeyboardInterrupt:

@@ -11,6 +11,8 @@ loopback stands in for huggingface.co, so no test needs a network, except that G
 or be downloaded: tests that need it are skipped where it cannot be loaded.
 """
 import contextlib
+import errno
+import fcntl
 import gzip
 import io
 import json
@@ -20,6 +22,7 @@ import random
 import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -432,6 +435,10 @@ def test_training_warns_of_a_gap(tmp_path, processes):
 CUT_GZIP = gzip.compress(bytes(range(97, 120)) * 99)[:-9]
 CUT_XZ = lzma.compress(b"hello" * 99)[:-9]
 WITHOUT_TEXT = b'{"text": "a"}\n{"id": 1, "body": "b"}\n'
+FRESH = {"options": {}, "shard": 0, "document": 0, "token": 0, "tokens": 0, "counts": [], "finished": False}
+BROKEN_PROGRESS = [[], 3, None, "text", {}, FRESH | {"options": []}, FRESH | {"shard": "1"}, FRESH | {"shard": -1},
+                   FRESH | {"document": 1.5}, FRESH | {"token": None}, FRESH | {"tokens": True}, FRESH | {"counts": 3},
+                   FRESH | {"counts": ["a"]}, FRESH | {"finished": 1}]
 BAD = {  # case: files to make, options, what the one line must say
     "no match": ({}, "--files none*.txt", "none*.txt"),
     "a folder": ({"books/a.txt": b"x"}, "--files books", "books/*.txt"),
@@ -473,6 +480,12 @@ BAD = {  # case: files to make, options, what the one line must say
         {"a.txt": b"a b c", "out/fineweb_val_000000.bin": b""}, "--files a.txt --val_tokens 2", "progress.json"),
     "broken progress": (
         {"a.txt": b"a b c", "out/progress.json": b"{"}, "--files a.txt --val_tokens 2", "progress.json"),
+    **{f"broken progress {i}": (
+        {"a.txt": b"a b c", "out/progress.json": json.dumps(progress).encode()}, "--files a.txt --val_tokens 2",
+        "progress.json is damaged") for i, progress in enumerate(BROKEN_PROGRESS)},
+    "nested progress": (
+        {"a.txt": b"a b c", "out/progress.json": b"[" * 10**5}, "--files a.txt --val_tokens 2",
+        "progress.json is damaged"),
     "no network": ({}, "--dataset no/such", "--dataset no/such"),
     "no network 2": ({}, "--pretokenized", "kjj0/fineweb10B-gpt2"),
 }
@@ -490,6 +503,7 @@ def test_bad_input(gpt2_bpe, tmp_path, case):
     if case != "foreign shards":
         assert not list(tmp_path.glob("out/*.bin"))
         assert not list(tmp_path.glob("out/*.tmp"))
+    assert (tmp_path / "out").exists() == any(name.startswith("out") for name in files)  # a failed try leaves no folder
 
 
 def test_other_options_are_refused_and_harmless(gpt2_bpe, tmp_path):
@@ -527,7 +541,7 @@ def test_disk_full(gpt2_bpe, tmp_path):
 
     _, errors = run_fineweb(*args, code=1, preexec_fn=limit)
     assert_one_line(errors, "File too large")
-    assert [path.name for path in sorted(out.iterdir())] == ["fineweb_val_000000.bin", "progress.json"]
+    assert [path.name for path in sorted(out.iterdir())] == [".lock", "fineweb_val_000000.bin", "progress.json"]
     run_fineweb(*args)
     assert shard_bytes(out) == expected_shards(gpt2_bpe, docs, 1000, 10000)
 
@@ -538,6 +552,84 @@ def test_long_messages_are_cut_at_a_word(capsys):
     assert e.value.code == "error: " + "a word " * 71 + "a ..."
     assert fineweb.describe(OSError("x" * 400)) == "OSError: " + "x" * 300 + " ..."
     assert fineweb.describe(OSError("short\n enough")) == "OSError: short enough"
+
+
+# ---- one writer per folder -------------------------------------------------------------------------------------------
+
+def test_one_writer(gpt2_bpe, tmp_path):
+    """A second writer is refused at once; a killed one leaves nothing in the way, and its temporary files go."""
+    docs = some_documents(4000)
+    (tmp_path / "a.jsonl").write_bytes(jsonl(docs))
+    out = tmp_path / "out"
+    args = ["--files", tmp_path / "a.jsonl", "--val_tokens", 1000, "--shard_size", 100000, "--num_proc", 1,
+            "--data_dir", out]
+    first = subprocess.Popen([*FINEWEB, *map(str, args)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (out / "fineweb_train_000001.bin").exists():
+        time.sleep(0.01)
+    first.send_signal(signal.SIGSTOP)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    try:
+        for _ in "second", "third":
+            begin = time.time()
+            _, errors = run_fineweb(*args, code=1)
+            assert time.time() - begin < 20
+            assert_one_line(errors, f"another process writes to {out}: PID {first.pid} on {socket.gethostname()}; "
+                                    "wait for it, or use another --data_dir")
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+        run_fineweb("--check", "--data_dir", out)  # reading needs no lock
+    finally:
+        first.kill()
+        first.wait()
+    stale = out / "fineweb_train_000002.bin.0123abcd.tmp"
+    stale.write_bytes(b"x")
+    (out / "notes.tmp").write_bytes(b"x")
+    run_fineweb(*args)
+    assert shard_bytes(out) == expected_shards(gpt2_bpe, docs, 1000, 100000)
+    assert [path.name for path in out.glob("*.tmp")] == ["notes.tmp"]
+
+
+def test_lock_is_released(tmp_path):
+    folder = str(tmp_path / "a" / "b")
+    for _ in "first", "again":
+        with fineweb.lock_folder(folder, "--log_dir"), pytest.raises(SystemExit) as e:
+            fineweb.lock_folder(folder, "--log_dir")
+        assert e.value.code.endswith(f"PID {os.getpid()} on {socket.gethostname()}; wait for it, or use another "
+                                     "--log_dir")
+
+
+@pytest.mark.parametrize("code, refused", [(errno.EACCES, True), (errno.ENOSYS, False), (errno.EOPNOTSUPP, False),
+                                           (errno.ENOLCK, False)])
+def test_lock_where_the_file_system_is_unusual(tmp_path, monkeypatch, capsys, code, refused):
+    """Some file systems say "no permission" for "locked", others have no locks: then work goes on, after a warning."""
+    def flock(file, operation):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    stale = tmp_path / "model_00001.pt.0123abcd.tmp"
+    stale.write_bytes(b"x")
+    if refused:
+        with pytest.raises(SystemExit):
+            fineweb.lock_folder(str(tmp_path), "--log_dir")
+    else:
+        fineweb.lock_folder(str(tmp_path), "--log_dir").close()
+        assert capsys.readouterr().err.count("take care that no other process writes to it\n") == 1
+    assert stale.exists()  # it may belong to a living process
+
+
+def test_two_writers_of_one_file(tmp_path):
+    """Each of two writers at once, such as two --tiny runs, leaves a whole file with the usual rights."""
+    path = tmp_path / "x.bin"
+    with fineweb.replacing(str(path)) as first:
+        first.write(b"first")
+        with fineweb.replacing(str(path)) as second:
+            second.write(b"second")
+        assert path.read_bytes() == b"second"
+        first.write(b" whole")
+    assert path.read_bytes() == b"first whole"
+    assert os.listdir(tmp_path) == ["x.bin"]
+    umask = os.umask(0)
+    os.umask(umask)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask
 
 
 # ---- the hub: a stand-in for huggingface.co on the loopback ----------------------------------------------------------
