@@ -299,6 +299,7 @@ def check(data_dir):
 #   id           the options that chose it, a dictionary for progress.json
 #   read(start)  yields the documents from number `start` on: str, or None for an empty table cell
 #   fraction     how much of the whole has been read, from 0 to 1; None if unknown
+#   place(i)     says where document number i, which has been read, comes from
 #   counts       number of documents of each file read to its end, to skip it later (Files only)
 
 def text_column(names, where):
@@ -409,6 +410,12 @@ class Files:
             start = max(0, start - self.counts[i])
             bytes_before += size
 
+    def place(self, document):
+        for path, count in itertools.zip_longest(self.sizes, self.counts):
+            if count is None or document < count:  # None: not yet read to its end
+                return f"{path} document {document + 1}"
+            document -= count
+
     def texts(self, raw, path):
         """Return an iterator over the documents of an open file."""
         kind, _, codec = self.file_type.search(path)[1].lower().partition(".")  # "jsonl", "gz"
@@ -460,6 +467,9 @@ class Hub:
         except Exception as e:
             fail(f"{self.where}: reading stopped ({describe(e)}); start again to resume")
 
+    def place(self, document):
+        return f"{self.where} document {document + 1}"
+
 
 # ---- vocabularies --------------------------------------------------------------------------------
 
@@ -507,21 +517,49 @@ def start_worker():
     threading.Thread(target=exit_after_parent, daemon=True).start()
 
 
+WHITE = r"[^\S\x1c-\x1f]"  # tiktoken's \s, which lacks four separators that Python's \s holds
+
+
+def pieces_of(text, long=100_000):
+    """Yield the pieces of a document, almost always one. Their tokens, one after the other, are the
+    tokens of the document. long: the length of the runs of white space in which it is cut.
+
+    tiktoken fails at a million blanks in front of a word. GPT-2 takes all blanks but the last as
+    one unit, and the last one with the word: so the text may be cut before the last one."""
+    start = 0
+    if len(text) > long:
+        for run in re.finditer(f"(?<!{WHITE}){WHITE}{{{long},}}", text):
+            if run.end() < len(text):  # blanks at the end of the text are all one unit
+                yield text[start:run.end() - 1]
+                start = run.end() - 1
+    yield text[start:]
+
+
+class BadDocument(Exception):
+    """A document that the tokenizer cannot take: its index in the list, and why."""
+
+
 def tokenize(texts):
     """Return the tokens of all documents (uint16), and a list of the number of tokens of each.
     Each document counts with the EOT before it; a blank document has 0 tokens."""
     parts = [np.zeros(0, np.uint16)]  # np.concatenate needs at least one array
     lengths = []
-    for text in texts:
+    for index, text in enumerate(texts):
         if not text or text.isspace():
             lengths.append(0)
             continue
-        try:  # the same ids as encode_ordinary, in 5/6 of the time and a tenth of the memory
-            ids = encoding.encode_to_numpy(text, disallowed_special=())
-        except UnicodeEncodeError:  # a lone surrogate, "\ud800" in JSON; here it becomes U+FFFD
-            ids = encoding.encode_ordinary(text)
-        parts += [[EOT], ids]
-        lengths.append(1 + len(ids))
+        parts.append([EOT])
+        lengths.append(1)
+        try:
+            for piece in pieces_of(text):
+                try:  # the same ids as encode_ordinary, in 5/6 of the time, a tenth of the memory
+                    ids = encoding.encode_to_numpy(piece, disallowed_special=())
+                except UnicodeEncodeError:  # a lone surrogate, "\ud800" in JSON, becomes U+FFFD
+                    ids = encoding.encode_ordinary(piece)
+                parts.append(ids)
+                lengths[-1] += len(ids)
+        except BaseException as e:  # a panic of tiktoken's Rust code is no Exception
+            raise BadDocument(index, describe(e)) from None
     return np.concatenate(parts, dtype=np.uint16, casting="unsafe"), lengths
 
 
@@ -549,16 +587,29 @@ def tokenized(source, start, num_proc):
         pool.submit(int)  # a task that does nothing, but starts a worker if none is idle
     signal.signal(signal.SIGINT, handler)
     pending = deque()  # (future, fraction) of each batch that is with the workers
+    document = start  # number of the first document of the first pending batch
+
+    def wait_for_first():
+        nonlocal document
+        future, fraction = pending.popleft()
+        tokens, lengths = future.result()
+        document += len(lengths)
+        return tokens, lengths, fraction
+
     try:
         for batch in batches(source.read(start)):
             pending.append((pool.submit(tokenize, batch), source.fraction))
             if len(pending) > 3 * num_proc:  # limits the memory if the workers are slow
-                future, fraction = pending.popleft()
-                yield *future.result(), fraction
-        for future, fraction in pending:
-            yield *future.result(), fraction
+                yield wait_for_first()
+        while pending:
+            yield wait_for_first()
     except BrokenProcessPool:
         fail("a worker died, perhaps for lack of memory; resume with a smaller --num_proc")
+    except BadDocument as e:
+        index, reason = e.args
+        fail(f"{source.place(document + index)} cannot be tokenized ({reason}); leave it out")
+    except Exception as e:
+        fail(f"stopped at {source.place(document)} or soon after it ({describe(e)})")
     finally:
         pool.shutdown(cancel_futures=True)
 

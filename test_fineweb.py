@@ -292,6 +292,81 @@ def test_order_of_files(gpt2_bpe, tmp_path):
     assert shard_bytes(tmp_path / "out") == expected_shards(gpt2_bpe, docs, 2, 10**8)
 
 
+def test_pieces_have_the_same_tokens(gpt2_bpe):
+    """Texts are cut only where no token changes: checked with short runs, which tiktoken takes whole."""
+    rng = random.Random(0)
+    white = [chr(code) for code in range(0x110000) if chr(code).isspace()] + ["\u180e", "\u200b", "\ufeff"]
+    units = [*white, *"  \n\n\t ab'sZ1９é日.,=!\u0301\0😀", "'s", "'ll", "n't", " don't ", "<|endoftext|>"]
+    cuts = 0
+    for _ in range(20000):
+        text = "".join(rng.choice(units) * rng.choice([1, 1, 2, 3, 7]) for _ in range(rng.randint(1, 25)))
+        pieces = list(fineweb.pieces_of(text, long=2))
+        assert "".join(pieces) == text
+        assert [token for piece in pieces for token in gpt2_bpe.encode_ordinary(piece)] == gpt2_bpe.encode_ordinary(text)
+        cuts += len(pieces) - 1
+    assert cuts > 20000
+    assert list(fineweb.pieces_of("a" + " " * 99_999 + "b")) == ["a" + " " * 99_999 + "b"]
+
+
+@pytest.mark.parametrize("blank", [" ", "\n", "\u00a0", "\u3000", " \r\n", "\u2003 \t"])
+def test_a_million_blanks(gpt2_bpe, tmp_path, blank):
+    """tiktoken fails at such a run in front of a word. It is cut by hand here, before its last blank."""
+    begin, end = "x\ud800" + (blank * 1_200_000)[:1_199_999], blank[1_199_999 % len(blank)] + "word"
+    # the last: what tiktoken takes as it is
+    texts = ["before", begin + end, end + begin, blank * 1_200_000, "a" * 1_200_000 + "=" * 1_200_000]
+    (tmp_path / "a.jsonl").write_bytes(jsonl(texts))
+    run_fineweb("--files", tmp_path / "a.jsonl", "--val_tokens", 2, "--num_proc", 1, "--data_dir", tmp_path / "out")
+    stream = [50256, *gpt2_bpe.encode_ordinary("before")]
+    stream += [50256, *gpt2_bpe.encode_ordinary(begin), *gpt2_bpe.encode_ordinary(end)]
+    stream += [50256, *gpt2_bpe.encode_ordinary(end + begin), 50256, *gpt2_bpe.encode_ordinary(texts[-1])]
+    assert fineweb.open_shard(str(tmp_path / "out" / "fineweb_val_000000.bin")).tolist() == stream[:2]
+    assert fineweb.open_shard(str(tmp_path / "out" / "fineweb_train_000001.bin")).tolist() == stream[2:]
+
+
+# a tokenizer that fails at some words, as tiktoken's Rust code does: a panic is no Exception, nor can it be pickled
+FAILING_TIKTOKEN = """
+import os
+import numpy
+
+class Encoding:
+    def encode_to_numpy(self, text, disallowed_special):
+        class PanicException(BaseException):
+            pass
+        if "panic" in text:
+            raise PanicException("stack\\noverflow")
+        if "unforeseen" in text:
+            raise KeyError(text)
+        if "dies" in text:
+            os._exit(1)
+        return numpy.zeros(len(text), numpy.uint32)
+
+def get_encoding(name):
+    return Encoding()
+"""
+
+
+@pytest.mark.parametrize("word, says", [
+    ("panic", "b.jsonl document 301 cannot be tokenized (PanicException: stack overflow); leave it out"),
+    ("unforeseen", "b.jsonl document 301 cannot be tokenized (KeyError: 'unforeseen'); leave it out"),
+    ("dies", "a worker died"),
+])
+@pytest.mark.parametrize("procs", [1, 2])
+def test_errors_of_workers(tmp_path, word, says, procs):
+    """Whatever goes wrong in a worker is one line that names the file and the document."""
+    (tmp_path / "tiktoken.py").write_text(FAILING_TIKTOKEN)
+    for name, texts in ("a", ["x"] * 700), ("b", ["", *["y"] * 299, word, *["z"] * 5000]), ("c", ["x"]):
+        (tmp_path / f"{name}.jsonl").write_bytes(jsonl(texts))
+    _, errors = run_fineweb("--files", "*.jsonl", "--val_tokens", 50, "--shard_size", 100, "--num_proc", procs,
+                            "--data_dir", "out", code=1, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
+    assert_one_line(errors, says)
+    # what was finished stays, and after the repair it goes on
+    (tmp_path / "tiktoken.py").write_text(FAILING_TIKTOKEN.replace(word, "never"))
+    run_fineweb("--files", "*.jsonl", "--val_tokens", 50, "--shard_size", 100, "--num_proc", procs, "--data_dir",
+                "out", cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
+    total = sum(len(fineweb.open_shard(str(path))) for path in (tmp_path / "out").glob("*.bin"))
+    assert total == (700 + 299 + 5000 + 1) * 2 + 1 + len(word)
+
+
 # prints the most memory that a command or one of its workers has used, in KB
 MEASURE_MEMORY = """
 import resource, subprocess, sys
