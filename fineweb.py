@@ -108,7 +108,8 @@ def replacing(path):
     except BaseException as e:
         with suppress(OSError):
             os.unlink(temporary)
-        if isinstance(e, OSError) or isinstance(e.__context__, OSError):  # torch.save wraps it
+        wrapped = isinstance(e, RuntimeError) and isinstance(e.__context__, OSError)  # torch.save
+        if isinstance(e, OSError) or wrapped:
             raise OSError(f"cannot write {path}: {e}; what was there before is untouched") from e
         raise
 
@@ -206,7 +207,7 @@ class TokenSequence:
 def splits_of(path):
     """Return the splits in the name of a shard, a list of "train" and "val". It should be one."""
     name = os.path.basename(path).lower()
-    words = re.split("[^a-z]+", name)  # retrieval_train_000001.bin holds "val" in no word of its own
+    words = re.split("[^a-z]+", name)  # so that retrieval_train_000001.bin is a train shard
     return ([split for split in ("train", "val") if split in words]
             or [split for split in ("train", "val") if split in name])
 
@@ -368,6 +369,26 @@ def txt_texts(stream):
     yield "".join(parts)
 
 
+def open_zst(raw):
+    """Return the stream of the decompressed bytes of a stream in zstd's format.
+
+    The decoder of pyarrow, which is always there, takes windows of up to 128 MB. Files written with
+    zstd --long=31 have windows of 2 GB: these take Python 3.14 or the package backports.zstd."""
+    try:
+        if sys.version_info >= (3, 14):
+            from compression import zstd
+        else:
+            from backports import zstd
+    except ImportError:
+        import pyarrow
+        return io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"))
+    return zstd.open(raw, options={zstd.DecompressionParameter.window_log_max: 31})
+
+
+def reraise(error):
+    raise error
+
+
 class Files:
     """Local files as a source of text."""
     file_type = re.compile(r"\.(parquet|(?:jsonl|json|txt)(?:\.(?:gz|xz|zst))?)$", re.IGNORECASE)
@@ -377,9 +398,9 @@ class Files:
         for pattern in patterns:
             # the name of an existing file is no pattern, even if it contains [ or *
             matches = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
-            paths = [path for path in sorted(matches) if os.path.isfile(path)]
             if os.path.isdir(pattern):
-                fail(f"--files {pattern}: this is a folder; use --files '{pattern}/*.txt'")
+                matches = self.in_folder(pattern)
+            paths = [path for path in sorted(matches) if os.path.isfile(path)]
             if not paths:
                 fail(f"--files {pattern}: no such file; check the name")
             for path in paths:
@@ -388,6 +409,22 @@ class Files:
                 self.sizes[path] = os.path.getsize(path)
         self.id = {"files": [[os.path.basename(path), size] for path, size in self.sizes.items()]}
         self.counts, self.fraction = [], None
+
+    def in_folder(self, folder):
+        """Return the paths of all files of known types in a folder and below it, without hidden
+        ones and progress.json. Print how many others there are; end if all are others."""
+        paths = []
+        with explain(f"--files {folder}", OSError):
+            for parent, folders, names in os.walk(folder, onerror=reraise):
+                folders[:] = [name for name in folders if not name.startswith(".")]
+                paths += [os.path.join(parent, name) for name in names
+                          if not name.startswith(".") and name != "progress.json"]
+        known = [path for path in paths if self.file_type.search(path)]
+        if not known:
+            fail(f"--files {folder}: no file of a known type in this folder; --help lists them")
+        if others := len(paths) - len(known):
+            print(f"--files {folder}: {len(known)} files; {others} of other types are passed over")
+        return known
 
     def read(self, start):
         total_bytes = sum(self.sizes.values())
@@ -404,7 +441,11 @@ class Files:
                                 self.fraction = (bytes_before + raw.tell()) / total_bytes
                                 yield text
                 except Exception as e:  # every format and every codec has its own exceptions
-                    fail(f"{path}: cannot be read ({describe(e)}); repair it or leave it out")
+                    remedy = "repair it or leave it out"
+                    if "too much memory" in str(e):  # zstd's words for a large window
+                        remedy = ("pip install backports.zstd, or decompress it with zstd -d "
+                                  "--long=31")
+                    fail(f"{path}: cannot be read ({describe(e)}); {remedy}")
                 if not known:
                     self.counts.append(count)
             start = max(0, start - self.counts[i])
@@ -430,8 +471,7 @@ class Files:
         elif codec == "xz":
             raw = lzma.open(raw)
         elif codec == "zst":
-            import pyarrow
-            raw = io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"))
+            raw = open_zst(raw)
         return txt_texts(raw) if kind == "txt" else json_texts(raw, path)
 
 
@@ -851,8 +891,8 @@ def parse_args():
     add("--name", help="configuration of the dataset (sample-10BT for fineweb and fineweb-edu)")
     add("--split", default="train", help="split of the dataset (default: %(default)s)")
     add("--files", nargs="+", metavar="PATTERN", help="local files to read instead of a dataset: "
-        "parquet, or jsonl, json and txt (plain, .gz, .xz or .zst); the files that match one "
-        "pattern are read in sorted order")
+        "parquet, or jsonl, json and txt (plain, .gz, .xz or .zst); a folder means all of them in "
+        "and below it; the files of one pattern or folder are read in sorted order")
     add("--pretokenized", action="store_true", help="download shards that others have published")
     add("--check", action="store_true", help="check the shards in data_dir and print a table")
     add("--max_tokens", type=positive, help="maximum number of tokens in all shards (default: all)")

@@ -302,7 +302,8 @@ def test_pieces_have_the_same_tokens(gpt2_bpe):
         text = "".join(rng.choice(units) * rng.choice([1, 1, 2, 3, 7]) for _ in range(rng.randint(1, 25)))
         pieces = list(fineweb.pieces_of(text, long=2))
         assert "".join(pieces) == text
-        assert [token for piece in pieces for token in gpt2_bpe.encode_ordinary(piece)] == gpt2_bpe.encode_ordinary(text)
+        tokens = [token for piece in pieces for token in gpt2_bpe.encode_ordinary(piece)]
+        assert tokens == gpt2_bpe.encode_ordinary(text)
         cuts += len(pieces) - 1
     assert cuts > 20000
     assert list(fineweb.pieces_of("a" + " " * 99_999 + "b")) == ["a" + " " * 99_999 + "b"]
@@ -365,6 +366,51 @@ def test_errors_of_workers(tmp_path, word, says, procs):
                 "out", cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
     total = sum(len(fineweb.open_shard(str(path))) for path in (tmp_path / "out").glob("*.bin"))
     assert total == (700 + 299 + 5000 + 1) * 2 + 1 + len(word)
+
+
+def test_a_folder(gpt2_bpe, tmp_path):
+    """A folder means the files of known types in and below it, in sorted order; the shards may lie in it, too."""
+    books = tmp_path / "bo[o]ks"
+    texts = {"c.txt": "this is c", "B.TXT": "this is B", "a/z.txt": "this is z"}
+    texts["a/b/a.jsonl"] = jsonl(["this is a"]).decode()
+    others = {"cover.png": "x", "a/notes.md": "x", ".hidden.txt": "x", ".git/a.txt": "x"}
+    for name, text in {**texts, **others}.items():
+        (books / name).parent.mkdir(parents=True, exist_ok=True)
+        (books / name).write_text(text)
+    (tmp_path / "first.txt").write_text("this is first")
+    (books / "a" / "loop").symlink_to(books)
+    args = ["--files", tmp_path / "first.txt", books, books / "c.txt", "--val_tokens", 2, "--shard_size", 9,
+            "--data_dir", books / "shards"]
+    stdout, _ = run_fineweb(*args)
+    # the two others are cover.png and notes.md: hidden ones do not count
+    assert f"--files {books}: 4 files; 2 of other types are passed over\n" in stdout
+    docs = ["this is first", "this is B", "this is a", "this is z", "this is c"]
+    expected = expected_shards(gpt2_bpe, docs, 2, 9)
+    assert shard_bytes(books / "shards") == expected
+    stdout, _ = run_fineweb(*args)
+    assert "nothing to do" in stdout
+
+
+def zst_with_window(data, log):
+    """Return bytes in zstd's format (RFC 8878): a frame with a window of 2**log bytes and one uncompressed block."""
+    window, block = bytes([log - 10 << 3]), (len(data) << 3 | 1).to_bytes(3, "little")
+    return b"\x28\xb5\x2f\xfd\0" + window + block + data
+
+
+def test_zst_with_a_large_window(gpt2_bpe, tmp_path):
+    docs = some_documents(20)
+    half = len(docs) // 2
+    data = zst_with_window(jsonl(docs[:half]), 31) + zst_with_window(jsonl(docs[half:]), 31)  # several frames, too
+    (tmp_path / "a.jsonl.zst").write_bytes(data)
+    args = ["--files", tmp_path / "a.jsonl.zst", "--val_tokens", 500, "--shard_size", 4000, "--data_dir"]
+    if sys.version_info < (3, 14):
+        (tmp_path / "without").mkdir()  # a folder that hides the package
+        (tmp_path / "without" / "backports.py").write_text("raise ImportError")
+        _, errors = run_fineweb(*args, tmp_path / "out", code=1, env={"PYTHONPATH": str(tmp_path / "without")})
+        assert_one_line(errors, "pip install backports.zstd, or decompress it with zstd -d --long=31")
+        pytest.importorskip("backports.zstd")
+    run_fineweb(*args, tmp_path / "out")
+    assert shard_bytes(tmp_path / "out") == expected_shards(gpt2_bpe, docs, 500, 4000)
 
 
 # prints the most memory that a command or one of its workers has used, in KB
@@ -508,6 +554,7 @@ def test_training_warns_of_a_gap(tmp_path, processes):
 # ---- bad input -------------------------------------------------------------------------------------------------------
 
 CUT_GZIP = gzip.compress(bytes(range(97, 120)) * 99)[:-9]
+CUT_ZST = zst(random.Random(0).randbytes(10**5).hex().encode())[:-9]
 CUT_XZ = lzma.compress(b"hello" * 99)[:-9]
 WITHOUT_TEXT = b'{"text": "a"}\n{"id": 1, "body": "b"}\n'
 FRESH = {"options": {}, "shard": 0, "document": 0, "token": 0, "tokens": 0, "counts": [], "finished": False}
@@ -516,11 +563,13 @@ BROKEN_PROGRESS = [[], 3, None, "text", {}, FRESH | {"options": []}, FRESH | {"s
                    FRESH | {"counts": ["a"]}, FRESH | {"finished": 1}]
 BAD = {  # case: files to make, options, what the one line must say
     "no match": ({}, "--files none*.txt", "none*.txt"),
-    "a folder": ({"books/a.txt": b"x"}, "--files books", "books/*.txt"),
+    "an empty folder": (
+        {"books/.hidden/a.txt": b"x", "books/a.pdf": b"x"}, "--files books", "--files books: no file of a known"),
     "unknown kind": ({"a.doc": b"x"}, "--files a.doc", "a.doc"),
-    "not gzip": ({"a.jsonl.gz": b"hello"}, "--files a.jsonl.gz", "a.jsonl.gz"),
+    "not gzip": ({"a.jsonl.gz": b"hello"}, "--files a.jsonl.gz", "error: a.jsonl.gz: cannot be read"),
     "cut gzip": ({"a.txt.gz": CUT_GZIP}, "--files a.txt.gz", "a.txt.gz"),
     "cut xz": ({"a.txt.xz": CUT_XZ}, "--files a.txt.xz", "a.txt.xz"),
+    "cut zst": ({"a.txt.zst": CUT_ZST}, "--files a.txt.zst", "error: a.txt.zst: cannot be read"),
     "not zst": ({"a.txt.zst": b"hello"}, "--files a.txt.zst", "a.txt.zst"),
     "not parquet": ({"a.parquet": b"hello"}, "--files a.parquet", "a.parquet"),
     "not utf-8": ({"a.txt": b"caf\xe9"}, "--files a.txt", "a.txt"),
@@ -530,7 +579,8 @@ BAD = {  # case: files to make, options, what the one line must say
     "not an object": ({"a.jsonl": b'"a"\n'}, "--files a.jsonl", "a.jsonl line 1"),
     "not a string": ({"a.jsonl": b'{"text": 5}\n'}, "--files a.jsonl", "a.jsonl line 1"),
     "no column": ({"a.parquet": lambda: parquet(["x"], "body")}, "--files a.parquet", "no text column among: id, body"),
-    "two fields": ({"a.jsonl": b'{"Text": "a", "TEXT": "b"}\n'}, "--files a.jsonl", "line 1: 2 text columns: Text, TEXT"),
+    "two fields": (
+        {"a.jsonl": b'{"Text": "a", "TEXT": "b"}\n'}, "--files a.jsonl", "line 1: 2 text columns: Text, TEXT"),
     "two columns": (
         {"a.parquet": lambda: parquet(["a"], "Text", TEXT=["b"])}, "--files a.parquet", "2 text columns: Text, TEXT"),
     "not text": ({"a.parquet": lambda: parquet([1, 2])}, "--files a.parquet", "holds int64"),
@@ -570,7 +620,7 @@ BAD = {  # case: files to make, options, what the one line must say
 def test_bad_input(gpt2_bpe, tmp_path, case):
     files, options, says = BAD[case]
     for name, data in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(data() if callable(data) else data)
     env = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
     _, errors = run_fineweb("--data_dir", "out", *options.split(), code=1, env=env, cwd=tmp_path)
