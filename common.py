@@ -26,7 +26,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from fineweb import Parser, TokenSequence, explain, fail, open_shards, write_builtin_text
+from fineweb import (Parser, TokenSequence, explain, fail, missing_shards, open_shards,
+                     write_builtin_text)
 
 BENCH_WARMUP = 5  # steps that --bench does not count: compilation and the first allocations
 # what --tiny changes; each script adds the size of its model
@@ -320,15 +321,19 @@ class ShardLoader:
             if 0 < getattr(cfg, name) < self.T:
                 fail(f"--{name}={getattr(cfg, name)} is less than a row of --block_size={self.T}")
         if world.rank == 0 and not synthetic:
-            self.say_if_short(cfg, split)
+            self.warn(cfg, split)
 
-    def say_if_short(self, cfg, split):
+    def warn(self, cfg, split):
+        """Say what about the data one may not expect."""
         n = len(self.tokens)
         if split == "train" and n // cfg.total_batch_size < cfg.max_steps:
             steps = n // cfg.total_batch_size
             print(f"{cfg.data_dir} has {n:,} tokens: they repeat after step {steps}")
         if split == "val" and n < cfg.val_tokens:
             print(f"{cfg.data_dir} has only {n:,} of --val_tokens={cfg.val_tokens}: all are used")
+        if gaps := missing_shards(self.tokens.paths):
+            print(f"{cfg.data_dir} lacks {split} shard {gaps}: a run with it sees other data in the "
+                  "same steps", file=sys.stderr)
 
     def load(self, start, rows):
         """Read rows of tokens and the last target, in a thread; int16, as torch lacks uint16."""

@@ -22,12 +22,15 @@ import argparse
 import glob
 import gzip
 import io
+import itertools
 import json
 import lzma
 import multiprocessing
 import os
 import re
+import secrets
 import signal
+import socket
 import sys
 import threading
 from collections import deque
@@ -44,14 +47,20 @@ HEADER_BYTES = 256 * 4
 
 # ---- errors and files (all scripts use these) ----------------------------------------------------
 
+def shorten(text, length):
+    """Return a text as one line. If it is longer than `length`, cut it at a blank and add "..."."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= length else line[:length].rsplit(" ", 1)[0] + " ..."
+
+
 def fail(message):
     """End the program with exit code 1 and the message as one line on stderr."""
-    sys.exit("error: " + " ".join(str(message).split())[:500])
+    sys.exit("error: " + shorten(message, 500))
 
 
 def describe(error):
     """Return the type and the message of an exception."""
-    return f"{type(error).__name__}: {str(error)[:300]}"
+    return f"{type(error).__name__}: {shorten(error, 300)}"
 
 
 @contextmanager
@@ -85,21 +94,55 @@ class Parser(argparse.ArgumentParser):
 
 @contextmanager
 def replacing(path):
-    """Open path.tmp for writing; rename it to path once it is whole and on the disk; delete it
-    after an error. Raise OSError, with the path, if it cannot be written."""
+    """Open a temporary file beside path for writing; rename it to path once it is whole and on the
+    disk; delete it after an error. Raise OSError, with the path, if it cannot be written."""
+    # a name for this writer only: two processes, of two machines even, may write the same file
+    temporary = f"{path}.{secrets.token_hex(4)}.tmp"
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with open(path + ".tmp", "wb") as f:
+        with open(temporary, "xb") as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
-        os.replace(path + ".tmp", path)
+        os.replace(temporary, path)
     except BaseException as e:
         with suppress(OSError):
-            os.unlink(path + ".tmp")
-        if isinstance(e, OSError) or isinstance(e.__context__, OSError):  # torch.save wraps it
+            os.unlink(temporary)
+        wrapped = isinstance(e, RuntimeError) and isinstance(e.__context__, OSError)  # torch.save
+        if isinstance(e, OSError) or wrapped:
             raise OSError(f"cannot write {path}: {e}; what was there before is untouched") from e
         raise
+
+
+def lock_folder(folder, option):
+    """Create a folder if need be and lock it for this process, as its only writer. End the program
+    if another process holds the lock. Delete the temporary files of writers that were killed.
+
+    folder: its path. option: the option that chose it, such as "--data_dir", for the message.
+    Return the open lock file; the lock is held until it is closed or this process ends, however it
+    ends. The file .lock stays, and says who held the lock last. Raise OSError if it cannot be
+    written."""
+    os.makedirs(folder, exist_ok=True)
+    file = open(os.path.join(folder, ".lock"), "a+")
+    # The kernel drops this lock with the process. On disks without such locks the package filelock
+    # would leave a marker file, which after kill -9 someone must delete.
+    try:
+        import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # file systems differ in which they raise
+        file.seek(0)
+        holder = file.read() or "unknown"
+        fail(f"another process writes to {folder}: {holder}; wait for it, or use another {option}")
+    except (OSError, ModuleNotFoundError) as e:  # some network disks; Windows
+        print(f"{folder} cannot be locked ({e}): take care that no other process writes to it",
+              file=sys.stderr)
+        return file
+    file.truncate(0)
+    file.write(f"PID {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    for path in glob.glob(os.path.join(glob.escape(folder), "*." + "[0-9a-f]" * 8 + ".tmp")):
+        os.unlink(path)
+    return file
 
 
 # ---- shards --------------------------------------------------------------------------------------
@@ -161,14 +204,44 @@ class TokenSequence:
         return tokens
 
 
+def splits_of(path):
+    """Return the splits in the name of a shard, a list of "train" and "val". It should be one."""
+    name = os.path.basename(path).lower()
+    words = re.split("[^a-z]+", name)  # so that retrieval_train_000001.bin is a train shard
+    return ([split for split in ("train", "val") if split in words]
+            or [split for split in ("train", "val") if split in name])
+
+
+def name_order(path):
+    """Return the key that sorts shards by name, but train_9.bin before train_10.bin."""
+    return re.sub(r"\d+(?=\D*$)", lambda number: number[0].zfill(20), os.path.basename(path))
+
+
+def missing_shards(paths):
+    """Return the gaps in the numbers of the shards of one split, as text: "" or "2, 3".
+    Numbers start at 0 or 1. Names that differ in more than the number are counted apart."""
+    series = {}  # the name up to the number -> the numbers
+    for path in paths:
+        if match := re.fullmatch(r"(.*?)(\d+)\.bin", path):
+            series.setdefault(match[1], set()).add(int(match[2]))
+    missing = (str(number) for numbers in series.values()
+               for number in range(0 if 0 in numbers else 1, max(numbers)) if number not in numbers)
+    first = list(itertools.islice(missing, 21))  # a date as the number may leave millions of gaps
+    return ", ".join(first[:20] + ["..."] * (len(first) > 20))
+
+
 def open_shards(data_dir, split, vocab_size):
     """Return the shards of a split, "train" or "val", in the order of their names."""
-    pattern = f"*_{split}_*.bin"
-    paths = sorted(glob.glob(os.path.join(glob.escape(data_dir), pattern)))
+    paths, shards = [], []
+    for path in sorted(glob.glob(os.path.join(glob.escape(data_dir), "*.bin")), key=name_order):
+        splits = splits_of(path)
+        if len(splits) == 2:
+            fail(f"{path}: its name holds both train and val; rename it, or move it away")
+        if splits == [split]:
+            paths.append(path)
     if not paths:
-        fail(f"no {split} shards ({pattern}) in {data_dir}: make them with fineweb.py, or use "
+        fail(f"no {split} shards (*{split}*.bin) in {data_dir}: make them with fineweb.py, or use "
              "--data_dir=DIR")
-    shards = []
     for path in paths:
         with explain(path, OSError, ValueError):
             shards.append(open_shard(path))
@@ -183,11 +256,11 @@ def shard_path(data_dir, index):
 
 def check(data_dir):
     """Print a table of the shards. Return the exit code: 1 if a shard is bad or missing, else 0."""
-    paths = sorted(glob.glob(os.path.join(glob.escape(data_dir), "*.bin")))
+    paths = sorted(glob.glob(os.path.join(glob.escape(data_dir), "*.bin")), key=name_order)
     if not paths:
         fail(f"no shards (*.bin) in {data_dir}; give their folder with --data_dir")
     names = {path: os.path.basename(path) for path in paths}
-    paths.sort(key=lambda path: "_val_" not in names[path])  # validation first: False comes first
+    paths.sort(key=lambda path: splits_of(path) != ["val"])  # validation first: False comes first
     format_row = "{:<28}{:>13}{:>11}{:>12}  {:<17}{}".format
     print(format_row("shard", "tokens", "documents", "largest id", "starts with", "verdict"))
     total = bad = 0
@@ -202,18 +275,23 @@ def check(data_dir):
             start = "a document" if tokens[0] == EOT else "a remainder"
             if largest > EOT:
                 verdict = f"BAD: the token ids of GPT-2 end at {EOT}"
-            elif "_val_" in names[path] and tokens[0] != EOT:  # train shards may continue one
-                verdict = f"BAD: its first token is not {EOT}"
+            elif splits_of(path) == ["val"] and path == paths[0] and tokens[0] != EOT:
+                verdict = f"BAD: its first token is not {EOT}"  # later shards may continue one
+            elif len(splits_of(path)) != 1:
+                verdict = "BAD: its name must hold train or val, and not both"
         except (OSError, ValueError) as e:
             verdict = f"BAD: {e}"
         total += count
         if verdict != "ok":
             bad += 1
         print(format_row(names[path], f"{count:,}", f"{documents:,}", largest, start, verdict))
-    present = {int(n) for n in re.findall(r"_(\d+)\.bin$", "\n".join(paths), re.MULTILINE)}
-    missing = [str(i) for i in range(max(present, default=0)) if i not in present]
-    gaps = f", MISSING: {', '.join(missing)}" if missing else ""
-    print(f"{len(paths)} shards, {total:,} tokens, {bad} bad{gaps}")
+    missing = []
+    for split, first in ("val", "0"), ("train", "1"):
+        of_split = [path for path in paths if splits_of(path) == [split]]
+        gaps = missing_shards(of_split) if of_split else first
+        missing += [f"{gaps} of {split}"] if gaps else []
+    print(f"{len(paths)} shards, {total:,} tokens, {bad} bad"
+          + (f", MISSING: {'; '.join(missing)}" if missing else ""))
     return 1 if bad or missing else 0
 
 
@@ -222,21 +300,34 @@ def check(data_dir):
 #   id           the options that chose it, a dictionary for progress.json
 #   read(start)  yields the documents from number `start` on: str, or None for an empty table cell
 #   fraction     how much of the whole has been read, from 0 to 1; None if unknown
+#   place(i)     says where document number i, which has been read, comes from
 #   counts       number of documents of each file read to its end, to skip it later (Files only)
 
 def text_column(names, where):
-    """Return the name of the text column: text in FineWeb, Text or TEXT in other data."""
-    for name in names:
-        if name.lower() == "text":
-            return name
-    fail(f"{where}: no text column among: {', '.join(names)}; rename the right one to text")
+    """Return the name of the text column: text, or else the only one spelled like Text or TEXT."""
+    exact = [name for name in names if name == "text"]
+    found = exact or [name for name in names if name.lower() == "text"]
+    if len(found) > 1:
+        fail(f"{where}: {len(found)} text columns: {', '.join(found)}; name only one of them text")
+    if not found:
+        fail(f"{where}: no text column among: {', '.join(names)}; rename the right one to text")
+    return found[0]
+
+
+def holds_text(arrow_type):
+    """Return whether the values of an Arrow type are strings or missing."""
+    from pyarrow import types
+    if types.is_dictionary(arrow_type):  # to_pylist decodes it
+        arrow_type = arrow_type.value_type
+    return (types.is_string(arrow_type) or types.is_large_string(arrow_type)
+            or types.is_string_view(arrow_type) or types.is_null(arrow_type))
 
 
 def column_texts(tables, where):
     """Yield the texts of Arrow tables of one column."""
     for table in tables:
         column = table.schema.field(0)
-        if not re.search("string|null", str(column.type)):
+        if not holds_text(column.type):
             fail(f"{where}: the column {column.name} holds {column.type}; it must hold strings")
         yield from table.column(0).to_pylist()
 
@@ -278,6 +369,26 @@ def txt_texts(stream):
     yield "".join(parts)
 
 
+def open_zst(raw):
+    """Return the stream of the decompressed bytes of a stream in zstd's format.
+
+    The decoder of pyarrow, which is always there, takes windows of up to 128 MB. Files written with
+    zstd --long=31 have windows of 2 GB: these take Python 3.14 or the package backports.zstd."""
+    try:
+        if sys.version_info >= (3, 14):
+            from compression import zstd
+        else:
+            from backports import zstd
+    except ImportError:
+        import pyarrow
+        return io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"))
+    return zstd.open(raw, options={zstd.DecompressionParameter.window_log_max: 31})
+
+
+def reraise(error):
+    raise error
+
+
 class Files:
     """Local files as a source of text."""
     file_type = re.compile(r"\.(parquet|(?:jsonl|json|txt)(?:\.(?:gz|xz|zst))?)$", re.IGNORECASE)
@@ -287,9 +398,9 @@ class Files:
         for pattern in patterns:
             # the name of an existing file is no pattern, even if it contains [ or *
             matches = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
-            paths = [path for path in sorted(matches) if os.path.isfile(path)]
             if os.path.isdir(pattern):
-                fail(f"--files {pattern}: this is a folder; use --files '{pattern}/*.txt'")
+                matches = self.in_folder(pattern)
+            paths = [path for path in sorted(matches) if os.path.isfile(path)]
             if not paths:
                 fail(f"--files {pattern}: no such file; check the name")
             for path in paths:
@@ -298,6 +409,22 @@ class Files:
                 self.sizes[path] = os.path.getsize(path)
         self.id = {"files": [[os.path.basename(path), size] for path, size in self.sizes.items()]}
         self.counts, self.fraction = [], None
+
+    def in_folder(self, folder):
+        """Return the paths of all files of known types in a folder and below it, without hidden
+        ones and progress.json. Print how many others there are; end if all are others."""
+        paths = []
+        with explain(f"--files {folder}", OSError):
+            for parent, folders, names in os.walk(folder, onerror=reraise):
+                folders[:] = [name for name in folders if not name.startswith(".")]
+                paths += [os.path.join(parent, name) for name in names
+                          if not name.startswith(".") and name != "progress.json"]
+        known = [path for path in paths if self.file_type.search(path)]
+        if not known:
+            fail(f"--files {folder}: no file of a known type in this folder; --help lists them")
+        if others := len(paths) - len(known):
+            print(f"--files {folder}: {len(known)} files; {others} of other types are passed over")
+        return known
 
     def read(self, start):
         total_bytes = sum(self.sizes.values())
@@ -314,11 +441,21 @@ class Files:
                                 self.fraction = (bytes_before + raw.tell()) / total_bytes
                                 yield text
                 except Exception as e:  # every format and every codec has its own exceptions
-                    fail(f"{path}: cannot be read ({describe(e)}); repair it or leave it out")
+                    remedy = "repair it or leave it out"
+                    if "too much memory" in str(e):  # zstd's words for a large window
+                        remedy = ("pip install backports.zstd, or decompress it with zstd -d "
+                                  "--long=31")
+                    fail(f"{path}: cannot be read ({describe(e)}); {remedy}")
                 if not known:
                     self.counts.append(count)
             start = max(0, start - self.counts[i])
             bytes_before += size
+
+    def place(self, document):
+        for path, count in itertools.zip_longest(self.sizes, self.counts):
+            if count is None or document < count:  # None: not yet read to its end
+                return f"{path} document {document + 1}"
+            document -= count
 
     def texts(self, raw, path):
         """Return an iterator over the documents of an open file."""
@@ -334,8 +471,7 @@ class Files:
         elif codec == "xz":
             raw = lzma.open(raw)
         elif codec == "zst":
-            import pyarrow
-            raw = io.BufferedReader(pyarrow.CompressedInputStream(raw, "zstd"))
+            raw = open_zst(raw)
         return txt_texts(raw) if kind == "txt" else json_texts(raw, path)
 
 
@@ -370,6 +506,9 @@ class Hub:
                 yield text
         except Exception as e:
             fail(f"{self.where}: reading stopped ({describe(e)}); start again to resume")
+
+    def place(self, document):
+        return f"{self.where} document {document + 1}"
 
 
 # ---- vocabularies --------------------------------------------------------------------------------
@@ -418,21 +557,49 @@ def start_worker():
     threading.Thread(target=exit_after_parent, daemon=True).start()
 
 
+WHITE = r"[^\S\x1c-\x1f]"  # tiktoken's \s, which lacks four separators that Python's \s holds
+
+
+def pieces_of(text, long=100_000):
+    """Yield the pieces of a document, almost always one. Their tokens, one after the other, are the
+    tokens of the document. long: the length of the runs of white space in which it is cut.
+
+    tiktoken fails at a million blanks in front of a word. GPT-2 takes all blanks but the last as
+    one unit, and the last one with the word: so the text may be cut before the last one."""
+    start = 0
+    if len(text) > long:
+        for run in re.finditer(f"(?<!{WHITE}){WHITE}{{{long},}}", text):
+            if run.end() < len(text):  # blanks at the end of the text are all one unit
+                yield text[start:run.end() - 1]
+                start = run.end() - 1
+    yield text[start:]
+
+
+class BadDocument(Exception):
+    """A document that the tokenizer cannot take: its index in the list, and why."""
+
+
 def tokenize(texts):
     """Return the tokens of all documents (uint16), and a list of the number of tokens of each.
     Each document counts with the EOT before it; a blank document has 0 tokens."""
     parts = [np.zeros(0, np.uint16)]  # np.concatenate needs at least one array
     lengths = []
-    for text in texts:
+    for index, text in enumerate(texts):
         if not text or text.isspace():
             lengths.append(0)
             continue
-        try:  # the same ids as encode_ordinary, in 5/6 of the time and a tenth of the memory
-            ids = encoding.encode_to_numpy(text, disallowed_special=())
-        except UnicodeEncodeError:  # a lone surrogate, "\ud800" in JSON; here it becomes U+FFFD
-            ids = encoding.encode_ordinary(text)
-        parts += [[EOT], ids]
-        lengths.append(1 + len(ids))
+        parts.append([EOT])
+        lengths.append(1)
+        try:
+            for piece in pieces_of(text):
+                try:  # the same ids as encode_ordinary, in 5/6 of the time, a tenth of the memory
+                    ids = encoding.encode_to_numpy(piece, disallowed_special=())
+                except UnicodeEncodeError:  # a lone surrogate, "\ud800" in JSON, becomes U+FFFD
+                    ids = encoding.encode_ordinary(piece)
+                parts.append(ids)
+                lengths[-1] += len(ids)
+        except BaseException as e:  # a panic of tiktoken's Rust code is no Exception
+            raise BadDocument(index, describe(e)) from None
     return np.concatenate(parts, dtype=np.uint16, casting="unsafe"), lengths
 
 
@@ -460,16 +627,29 @@ def tokenized(source, start, num_proc):
         pool.submit(int)  # a task that does nothing, but starts a worker if none is idle
     signal.signal(signal.SIGINT, handler)
     pending = deque()  # (future, fraction) of each batch that is with the workers
+    document = start  # number of the first document of the first pending batch
+
+    def wait_for_first():
+        nonlocal document
+        future, fraction = pending.popleft()
+        tokens, lengths = future.result()
+        document += len(lengths)
+        return tokens, lengths, fraction
+
     try:
         for batch in batches(source.read(start)):
             pending.append((pool.submit(tokenize, batch), source.fraction))
             if len(pending) > 3 * num_proc:  # limits the memory if the workers are slow
-                future, fraction = pending.popleft()
-                yield *future.result(), fraction
-        for future, fraction in pending:
-            yield *future.result(), fraction
+                yield wait_for_first()
+        while pending:
+            yield wait_for_first()
     except BrokenProcessPool:
         fail("a worker died, perhaps for lack of memory; resume with a smaller --num_proc")
+    except BadDocument as e:
+        index, reason = e.args
+        fail(f"{source.place(document + index)} cannot be tokenized ({reason}); leave it out")
+    except Exception as e:
+        fail(f"stopped at {source.place(document)} or soon after it ({describe(e)})")
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -512,6 +692,23 @@ class TokenReader:
 
 # ---- making the shards ---------------------------------------------------------------------------
 
+@contextmanager
+def writing_shards(data_dir):
+    """Create and lock the folder of the shards. Remove it again if this try made it but no shard,
+    unless there are files in it from which a download resumes."""
+    existed = os.path.isdir(data_dir)
+    with lock_folder(data_dir, "--data_dir"):
+        try:
+            yield
+        finally:
+            if not existed and not glob.glob(os.path.join(glob.escape(data_dir), "*.bin")):
+                for name in ".lock", "progress.json":
+                    with suppress(FileNotFoundError):
+                        os.unlink(os.path.join(data_dir, name))
+                with suppress(OSError):  # it is not empty
+                    os.rmdir(data_dir)
+
+
 def save_progress(data_dir, progress):
     """Write progress.json."""
     with replacing(os.path.join(data_dir, "progress.json")) as f:
@@ -531,9 +728,14 @@ def load_progress(data_dir, options):
     try:
         with open(path) as f:
             progress = json.load(f)
-        old_options, shards = progress["options"], progress["shard"]
-    except (ValueError, KeyError, TypeError):
+        if any(type(progress[key]) is not type(value) for key, value in fresh.items()):
+            raise TypeError
+        numbers = [progress["shard"], progress["document"], progress["token"], progress["tokens"]]
+        if any(type(n) is not int or n < 0 for n in numbers + progress["counts"]):
+            raise ValueError
+    except (ValueError, KeyError, TypeError, RecursionError):
         fail(f"{path} is damaged; delete it and the shards beside it, or use another --data_dir")
+    old_options, shards = progress["options"], progress["shard"]
     if old_options != options:
         if shards == 0:
             return fresh
@@ -600,25 +802,43 @@ def make_shards(data_dir, source, shard_size, val_tokens, max_tokens, num_proc):
     print(f"{data_dir}: {done:,} tokens in {shard} shards")
 
 
+def find_published(repo):
+    """Return {local name: (split, published name, bytes)} of a repository's shards, validation
+    first. Splits and numbers stay; a shard without a number gets the first, 0 for val, 1 for train.
+    """
+    from huggingface_hub import HfApi
+    found = {}
+    for entry in HfApi().list_repo_tree(repo, repo_type="dataset"):
+        splits = splits_of(entry.path)
+        if not entry.path.endswith(".bin") or not splits:
+            continue
+        if len(splits) == 2:
+            fail(f"--dataset {repo}: the name {entry.path} holds both train and val")
+        number = re.search(r"(\d+)\.bin$", entry.path)
+        index = int(number[1]) if number else int(splits == ["train"])
+        name = f"fineweb_{splits[0]}_{index:06d}.bin"
+        if name in found:
+            fail(f"--dataset {repo}: {found[name][1]} and {entry.path} would both become {name}")
+        found[name] = splits[0], entry.path, entry.size
+    return dict(sorted(found.items(), key=lambda item: (item[1][0] != "val", name_order(item[0]))))
+
+
 def fetch_shards(data_dir, repo, max_tokens):
     """Download published shards, validation first, until there are max_tokens (None: all). Shards
     that are in the folder already are kept if they are whole."""
-    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub import hf_hub_download
     if os.path.exists(os.path.join(data_dir, "progress.json")):
         fail(f"{data_dir} holds shards made here (progress.json); use another --data_dir")
     total = 0
+    begun = set()  # splits of which there is a shard: each gets one, whatever max_tokens is
     try:
-        published = []  # (index, name, bytes) of each shard
-        for entry in HfApi().list_repo_tree(repo, repo_type="dataset"):
-            match = re.search(r"_(?:val|train)_(\d+)\.bin$", entry.path)
-            if match:
-                published.append((int(match[1]), entry.path, entry.size))
+        published = find_published(repo)
         if not published:
             fail(f"--dataset {repo}: no shards (*_val_000000.bin, *_train_000001.bin, ...) in it")
-        for i, (index, name, size) in enumerate(sorted(published)):
-            if max_tokens and total >= max_tokens and i >= 2:  # at least one to train on
-                break
-            path = shard_path(data_dir, index)
+        for local_name, (split, name, size) in published.items():
+            if max_tokens and total >= max_tokens and split in begun:
+                continue
+            path = os.path.join(data_dir, local_name)
             try:
                 whole = open_shard(path).nbytes + HEADER_BYTES == size
             except (OSError, ValueError):
@@ -629,6 +849,7 @@ def fetch_shards(data_dir, repo, max_tokens):
                 file = hf_hub_download(repo, name, repo_type="dataset", local_dir=data_dir)
                 os.replace(file, path)
             total += len(open_shard(path))
+            begun.add(split)
             print(f"{path}: {'already here' if whole else 'downloaded'}, {total:,} tokens so far")
     except Exception as e:
         fail(f"--dataset {repo}: download stopped ({describe(e)}); start again to resume")
@@ -670,8 +891,8 @@ def parse_args():
     add("--name", help="configuration of the dataset (sample-10BT for fineweb and fineweb-edu)")
     add("--split", default="train", help="split of the dataset (default: %(default)s)")
     add("--files", nargs="+", metavar="PATTERN", help="local files to read instead of a dataset: "
-        "parquet, or jsonl, json and txt (plain, .gz, .xz or .zst); the files that match one "
-        "pattern are read in sorted order")
+        "parquet, or jsonl, json and txt (plain, .gz, .xz or .zst); a folder means all of them in "
+        "and below it; the files of one pattern or folder are read in sorted order")
     add("--pretokenized", action="store_true", help="download shards that others have published")
     add("--check", action="store_true", help="check the shards in data_dir and print a table")
     add("--max_tokens", type=positive, help="maximum number of tokens in all shards (default: all)")
@@ -703,16 +924,16 @@ def main():
     try:
         if args.check:
             sys.exit(check(args.data_dir))
-        os.makedirs(args.data_dir, exist_ok=True)
-        if args.pretokenized:
-            return fetch_shards(args.data_dir, args.dataset, args.max_tokens)
-        if args.files:
-            source = Files(args.files)
-        else:
-            streaming = args.max_tokens is not None  # download only the text that is needed
-            source = Hub(args.dataset, args.name, args.split, streaming, args.num_proc)
-        make_shards(args.data_dir, source, args.shard_size, args.val_tokens, args.max_tokens,
-                    args.num_proc)
+        with writing_shards(args.data_dir):
+            if args.pretokenized:
+                return fetch_shards(args.data_dir, args.dataset, args.max_tokens)
+            if args.files:
+                source = Files(args.files)
+            else:
+                streaming = args.max_tokens is not None  # download only the text that is needed
+                source = Hub(args.dataset, args.name, args.split, streaming, args.num_proc)
+            make_shards(args.data_dir, source, args.shard_size, args.val_tokens, args.max_tokens,
+                        args.num_proc)
     except OSError as e:  # disk full, no permission, ...
         fail(f"{args.data_dir}: {describe(e)}; solve the problem and start again to resume")
     except KeyboardInterrupt:

@@ -455,7 +455,7 @@ class Run:
             self.say(f"log: {self.log_path}\ncheckpoint: {self.checkpoint}\nnext: python "
                      f"train_{self.arch}.py --log_dir={folder} --sample=\"{PROMPT}\"")
         if self.lock:
-            self.lock.release()
+            self.lock.close()
         if self.world.size > 1:
             dist.destroy_process_group()
 

@@ -11,6 +11,8 @@ loopback stands in for huggingface.co, so no test needs a network, except that G
 or be downloaded: tests that need it are skipped where it cannot be loaded.
 """
 import contextlib
+import errno
+import fcntl
 import gzip
 import io
 import json
@@ -20,6 +22,7 @@ import random
 import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -29,7 +32,7 @@ import numpy as np
 import pytest
 
 import fineweb
-from conftest import ROOT, Answer, serve
+from conftest import QUICK, ROOT, Answer, serve, shards, shell
 
 FINEWEB = [sys.executable, os.path.join(ROOT, "fineweb.py")]
 # matches tqdm's bars
@@ -116,12 +119,19 @@ def zst(data):
     return sink.getvalue().to_pybytes()
 
 
-def parquet(docs, column="text"):
-    """Return documents as a parquet file in several row groups."""
+def parquet(docs, column="text", kind=None, **more):
+    """Return documents as a parquet file in several row groups.
+
+    kind: the name of their Arrow type, by default what pyarrow infers. more: other columns."""
     import pyarrow
     import pyarrow.parquet
+    types = {
+        "dictionary": lambda: pyarrow.dictionary(pyarrow.int32(), pyarrow.string()),
+        "struct": lambda: pyarrow.struct({"content": pyarrow.string()}),
+    }
+    arrow_type = types[kind]() if kind in types else kind and getattr(pyarrow, kind)()
     sink = io.BytesIO()
-    table = pyarrow.table({"id": range(len(docs)), column: docs})
+    table = pyarrow.table({"id": range(len(docs)), column: pyarrow.array(docs, arrow_type), **more})
     pyarrow.parquet.write_table(table, sink, row_group_size=50)
     return sink.getvalue()
 
@@ -256,6 +266,12 @@ def test_place_after_every_shard(gpt2_bpe, tmp_path):
     ("a.json", lambda docs: json_array(docs)),
     ("a.json.gz", lambda docs: gzip.compress(jsonl(docs, "TEXT"))),
     ("a.parquet", lambda docs: parquet(docs, "Text")),
+    ("large.parquet", lambda docs: parquet(docs, kind="large_string")),
+    ("view.parquet", lambda docs: parquet(docs, kind="string_view")),
+    ("dictionary.parquet", lambda docs: parquet(docs, kind="dictionary")),
+    ("exact.parquet", lambda docs: parquet(docs, Text=docs[::-1], TEXT=docs[::-1])),
+    ("exact.jsonl", lambda docs: b"".join(
+        json.dumps({"TEXT": "no", "Text": "no", "text": doc}).encode() + b"\n" for doc in docs)),
     ("a.txt", txt),
     ("a.txt.xz", lambda docs: lzma.compress(txt(docs))),
     ("a.txt.zst", lambda docs: zst(txt(docs))),
@@ -274,6 +290,127 @@ def test_order_of_files(gpt2_bpe, tmp_path):
     run_fineweb("--files", tmp_path / "b*.txt", tmp_path / "a1.txt", "--val_tokens", 2, "--data_dir", tmp_path / "out")
     docs = ["this is b1", "this is b2", "this is a1"]
     assert shard_bytes(tmp_path / "out") == expected_shards(gpt2_bpe, docs, 2, 10**8)
+
+
+def test_pieces_have_the_same_tokens(gpt2_bpe):
+    """Texts are cut only where no token changes: checked with short runs, which tiktoken takes whole."""
+    rng = random.Random(0)
+    white = [chr(code) for code in range(0x110000) if chr(code).isspace()] + ["\u180e", "\u200b", "\ufeff"]
+    units = [*white, *"  \n\n\t ab'sZ1９é日.,=!\u0301\0😀", "'s", "'ll", "n't", " don't ", "<|endoftext|>"]
+    cuts = 0
+    for _ in range(20000):
+        text = "".join(rng.choice(units) * rng.choice([1, 1, 2, 3, 7]) for _ in range(rng.randint(1, 25)))
+        pieces = list(fineweb.pieces_of(text, long=2))
+        assert "".join(pieces) == text
+        tokens = [token for piece in pieces for token in gpt2_bpe.encode_ordinary(piece)]
+        assert tokens == gpt2_bpe.encode_ordinary(text)
+        cuts += len(pieces) - 1
+    assert cuts > 20000
+    assert list(fineweb.pieces_of("a" + " " * 99_999 + "b")) == ["a" + " " * 99_999 + "b"]
+
+
+@pytest.mark.parametrize("blank", [" ", "\n", "\u00a0", "\u3000", " \r\n", "\u2003 \t"])
+def test_a_million_blanks(gpt2_bpe, tmp_path, blank):
+    """tiktoken fails at such a run in front of a word. It is cut by hand here, before its last blank."""
+    begin, end = "x\ud800" + (blank * 1_200_000)[:1_199_999], blank[1_199_999 % len(blank)] + "word"
+    # the last: what tiktoken takes as it is
+    texts = ["before", begin + end, end + begin, blank * 1_200_000, "a" * 1_200_000 + "=" * 1_200_000]
+    (tmp_path / "a.jsonl").write_bytes(jsonl(texts))
+    run_fineweb("--files", tmp_path / "a.jsonl", "--val_tokens", 2, "--num_proc", 1, "--data_dir", tmp_path / "out")
+    stream = [50256, *gpt2_bpe.encode_ordinary("before")]
+    stream += [50256, *gpt2_bpe.encode_ordinary(begin), *gpt2_bpe.encode_ordinary(end)]
+    stream += [50256, *gpt2_bpe.encode_ordinary(end + begin), 50256, *gpt2_bpe.encode_ordinary(texts[-1])]
+    assert fineweb.open_shard(str(tmp_path / "out" / "fineweb_val_000000.bin")).tolist() == stream[:2]
+    assert fineweb.open_shard(str(tmp_path / "out" / "fineweb_train_000001.bin")).tolist() == stream[2:]
+
+
+# a tokenizer that fails at some words, as tiktoken's Rust code does: a panic is no Exception, nor can it be pickled
+FAILING_TIKTOKEN = """
+import os
+import numpy
+
+class Encoding:
+    def encode_to_numpy(self, text, disallowed_special):
+        class PanicException(BaseException):
+            pass
+        if "panic" in text:
+            raise PanicException("stack\\noverflow")
+        if "unforeseen" in text:
+            raise KeyError(text)
+        if "dies" in text:
+            os._exit(1)
+        return numpy.zeros(len(text), numpy.uint32)
+
+def get_encoding(name):
+    return Encoding()
+"""
+
+
+@pytest.mark.parametrize("word, says", [
+    ("panic", "b.jsonl document 301 cannot be tokenized (PanicException: stack overflow); leave it out"),
+    ("unforeseen", "b.jsonl document 301 cannot be tokenized (KeyError: 'unforeseen'); leave it out"),
+    ("dies", "a worker died"),
+])
+@pytest.mark.parametrize("procs", [1, 2])
+def test_errors_of_workers(tmp_path, word, says, procs):
+    """Whatever goes wrong in a worker is one line that names the file and the document."""
+    (tmp_path / "tiktoken.py").write_text(FAILING_TIKTOKEN)
+    for name, texts in ("a", ["x"] * 700), ("b", ["", *["y"] * 299, word, *["z"] * 5000]), ("c", ["x"]):
+        (tmp_path / f"{name}.jsonl").write_bytes(jsonl(texts))
+    _, errors = run_fineweb("--files", "*.jsonl", "--val_tokens", 50, "--shard_size", 100, "--num_proc", procs,
+                            "--data_dir", "out", code=1, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
+    assert_one_line(errors, says)
+    # what was finished stays, and after the repair it goes on
+    (tmp_path / "tiktoken.py").write_text(FAILING_TIKTOKEN.replace(word, "never"))
+    run_fineweb("--files", "*.jsonl", "--val_tokens", 50, "--shard_size", 100, "--num_proc", procs, "--data_dir",
+                "out", cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
+    total = sum(len(fineweb.open_shard(str(path))) for path in (tmp_path / "out").glob("*.bin"))
+    assert total == (700 + 299 + 5000 + 1) * 2 + 1 + len(word)
+
+
+def test_a_folder(gpt2_bpe, tmp_path):
+    """A folder means the files of known types in and below it, in sorted order; the shards may lie in it, too."""
+    books = tmp_path / "bo[o]ks"
+    texts = {"c.txt": "this is c", "B.TXT": "this is B", "a/z.txt": "this is z"}
+    texts["a/b/a.jsonl"] = jsonl(["this is a"]).decode()
+    others = {"cover.png": "x", "a/notes.md": "x", ".hidden.txt": "x", ".git/a.txt": "x"}
+    for name, text in {**texts, **others}.items():
+        (books / name).parent.mkdir(parents=True, exist_ok=True)
+        (books / name).write_text(text)
+    (tmp_path / "first.txt").write_text("this is first")
+    (books / "a" / "loop").symlink_to(books)
+    args = ["--files", tmp_path / "first.txt", books, books / "c.txt", "--val_tokens", 2, "--shard_size", 9,
+            "--data_dir", books / "shards"]
+    stdout, _ = run_fineweb(*args)
+    # the two others are cover.png and notes.md: hidden ones do not count
+    assert f"--files {books}: 4 files; 2 of other types are passed over\n" in stdout
+    docs = ["this is first", "this is B", "this is a", "this is z", "this is c"]
+    expected = expected_shards(gpt2_bpe, docs, 2, 9)
+    assert shard_bytes(books / "shards") == expected
+    stdout, _ = run_fineweb(*args)
+    assert "nothing to do" in stdout
+
+
+def zst_with_window(data, log):
+    """Return bytes in zstd's format (RFC 8878): a frame with a window of 2**log bytes and one uncompressed block."""
+    window, block = bytes([log - 10 << 3]), (len(data) << 3 | 1).to_bytes(3, "little")
+    return b"\x28\xb5\x2f\xfd\0" + window + block + data
+
+
+def test_zst_with_a_large_window(gpt2_bpe, tmp_path):
+    docs = some_documents(20)
+    half = len(docs) // 2
+    data = zst_with_window(jsonl(docs[:half]), 31) + zst_with_window(jsonl(docs[half:]), 31)  # several frames, too
+    (tmp_path / "a.jsonl.zst").write_bytes(data)
+    args = ["--files", tmp_path / "a.jsonl.zst", "--val_tokens", 500, "--shard_size", 4000, "--data_dir"]
+    if sys.version_info < (3, 14):
+        (tmp_path / "without").mkdir()  # a folder that hides the package
+        (tmp_path / "without" / "backports.py").write_text("raise ImportError")
+        _, errors = run_fineweb(*args, tmp_path / "out", code=1, env={"PYTHONPATH": str(tmp_path / "without")})
+        assert_one_line(errors, "pip install backports.zstd, or decompress it with zstd -d --long=31")
+        pytest.importorskip("backports.zstd")
+    run_fineweb(*args, tmp_path / "out")
+    assert shard_bytes(tmp_path / "out") == expected_shards(gpt2_bpe, docs, 500, 4000)
 
 
 # prints the most memory that a command or one of its workers has used, in KB
@@ -336,18 +473,103 @@ def test_check(gpt2_bpe, tmp_path):
     assert "MISSING: 0" in check(1)
 
 
+# names of published sets -> the order of the train shards
+FOREIGN = {
+    "llm.c tinyshakespeare": (["tiny_shakespeare_val.bin", "tiny_shakespeare_train.bin"], [1]),
+    "llm.c tinystories": (["TinyStories_val.bin", "TinyStories_train.bin"], [1]),
+    "llm.c fineweb": (["fineweb_val_000000.bin", "fineweb_train_000001.bin", "fineweb_train_000002.bin"], [1, 2]),
+    "modded-nanogpt": (
+        ["finewebedu_val_000000.bin", "finewebedu_train_000001.bin", "finewebedu_train_000002.bin"], [1, 2]),
+    "parameter-golf": (["fineweb_val_000000.bin", "fineweb_train_000000.bin", "fineweb_train_000001.bin"], [1, 2]),
+    "unpadded": (["x_val_1.bin", "x_train_10.bin", "x_train_9.bin", *(f"x_train_{i}.bin" for i in range(1, 9))],
+                 [3, 4, 5, 6, 7, 8, 9, 10, 2, 1]),
+    "a word within a word": (["retrieval_val_0.bin", "retrieval_train_1.bin"], [1]),
+    "longer words": (["validation-00.bin", "Training-00.bin"], [1]),
+    "no numbers": (["val.bin", "train.bin"], [1]),
+}
+
+
+@pytest.mark.parametrize("which", FOREIGN)
+def test_foreign_names(tmp_path, which):
+    """Published sets of shards are read as they are: by split, in the order of their numbers, without complaint."""
+    names, order = FOREIGN[which]
+    folder = tmp_path / "data2"
+    folder.mkdir()
+    for token, name in enumerate(names):
+        fineweb.write_shard(str(folder / name), [50256, token])
+    train = fineweb.open_shards(str(folder), "train", 50257)
+    assert train.read(0, len(train)).tolist() == [token for number in order for token in (50256, number)]
+    assert fineweb.open_shards(str(folder), "val", 50257).read(0, 2).tolist() == [50256, 0]
+    assert fineweb.missing_shards(train.paths) == ""
+    table, _ = run_fineweb("--check", "--data_dir", folder)
+    assert table.splitlines()[1].startswith(names[0])
+    assert table.splitlines()[-1] == f"{len(names)} shards, {2 * len(names)} tokens, 0 bad"
+
+
+@pytest.mark.parametrize("name", ["trainval_000001.bin", "x_train_val_000001.bin", "val_of_train.bin"])
+def test_a_name_with_both_splits_is_refused(tmp_path, name):
+    for i, other in enumerate(["x_val_000000.bin", "x_train_000001.bin", name]):
+        fineweb.write_shard(str(tmp_path / other), [50256, i])
+    for split in "train", "val":
+        with pytest.raises(SystemExit) as e:
+            fineweb.open_shards(str(tmp_path), split, 50257)
+        assert e.value.code == (f"error: {tmp_path / name}: its name holds both train and val; rename it, or move it "
+                                "away")
+    table, _ = run_fineweb("--check", "--data_dir", tmp_path, code=1)
+    assert "BAD: its name must hold train or val, and not both" in table
+
+
+@pytest.mark.parametrize("names, train_gaps, says", [
+    (["x_val_0.bin", "x_train_0.bin", "x_train_2.bin"], "1", "1 of train"),
+    (["x_val_0.bin", "x_train_2.bin", "x_train_5.bin"], "1, 3, 4", "1, 3, 4 of train"),
+    (["x_val_1.bin", "x_train_1.bin", "x_train_2.bin"], "", ""),
+    (["x_val_0.bin", "x_val_2.bin", "x_train_0.bin", "y_train_2.bin"], "1", "1 of val; 1 of train"),
+    (["x_train_1.bin", "x_train_3.bin"], "2", "0 of val; 2 of train"),
+    (["x_val_0.bin"], None, "1 of train"),
+    (["x_val_0.bin", "x_train_20240131.bin"], ", ".join(map(str, range(1, 21))) + ", ...", "20, ... of train"),
+])
+def test_missing_shards(tmp_path, names, train_gaps, says):
+    for name in names:
+        fineweb.write_shard(str(tmp_path / name), [50256, 1])
+    if train_gaps is not None:
+        paths = fineweb.open_shards(str(tmp_path), "train", 50257).paths
+        assert fineweb.missing_shards(paths) == train_gaps
+    table, _ = run_fineweb("--check", "--data_dir", tmp_path, code=1 if says else 0)
+    *_, last = table.splitlines()
+    assert last.endswith(says or "0 bad")
+    assert ("MISSING" in last) == bool(says)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_training_warns_of_a_gap(tmp_path, processes):
+    """A gap in the train shards is one line, however many processes read them."""
+    shards("data")
+    os.unlink("data/x_train_000002.bin")
+    options = ["--data_dir=data", *QUICK, "--max_steps=2", "--vocab_size=256"]
+    result = shell("train_gpt2.py", *options, processes=0 if processes == 1 else processes)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("data lacks train shard 2:") == 1
+
+
 # ---- bad input -------------------------------------------------------------------------------------------------------
 
 CUT_GZIP = gzip.compress(bytes(range(97, 120)) * 99)[:-9]
+CUT_ZST = zst(random.Random(0).randbytes(10**5).hex().encode())[:-9]
 CUT_XZ = lzma.compress(b"hello" * 99)[:-9]
 WITHOUT_TEXT = b'{"text": "a"}\n{"id": 1, "body": "b"}\n'
+FRESH = {"options": {}, "shard": 0, "document": 0, "token": 0, "tokens": 0, "counts": [], "finished": False}
+BROKEN_PROGRESS = [[], 3, None, "text", {}, FRESH | {"options": []}, FRESH | {"shard": "1"}, FRESH | {"shard": -1},
+                   FRESH | {"document": 1.5}, FRESH | {"token": None}, FRESH | {"tokens": True}, FRESH | {"counts": 3},
+                   FRESH | {"counts": ["a"]}, FRESH | {"finished": 1}]
 BAD = {  # case: files to make, options, what the one line must say
     "no match": ({}, "--files none*.txt", "none*.txt"),
-    "a folder": ({"books/a.txt": b"x"}, "--files books", "books/*.txt"),
+    "an empty folder": (
+        {"books/.hidden/a.txt": b"x", "books/a.pdf": b"x"}, "--files books", "--files books: no file of a known"),
     "unknown kind": ({"a.doc": b"x"}, "--files a.doc", "a.doc"),
-    "not gzip": ({"a.jsonl.gz": b"hello"}, "--files a.jsonl.gz", "a.jsonl.gz"),
+    "not gzip": ({"a.jsonl.gz": b"hello"}, "--files a.jsonl.gz", "error: a.jsonl.gz: cannot be read"),
     "cut gzip": ({"a.txt.gz": CUT_GZIP}, "--files a.txt.gz", "a.txt.gz"),
     "cut xz": ({"a.txt.xz": CUT_XZ}, "--files a.txt.xz", "a.txt.xz"),
+    "cut zst": ({"a.txt.zst": CUT_ZST}, "--files a.txt.zst", "error: a.txt.zst: cannot be read"),
     "not zst": ({"a.txt.zst": b"hello"}, "--files a.txt.zst", "a.txt.zst"),
     "not parquet": ({"a.parquet": b"hello"}, "--files a.parquet", "a.parquet"),
     "not utf-8": ({"a.txt": b"caf\xe9"}, "--files a.txt", "a.txt"),
@@ -357,7 +579,15 @@ BAD = {  # case: files to make, options, what the one line must say
     "not an object": ({"a.jsonl": b'"a"\n'}, "--files a.jsonl", "a.jsonl line 1"),
     "not a string": ({"a.jsonl": b'{"text": 5}\n'}, "--files a.jsonl", "a.jsonl line 1"),
     "no column": ({"a.parquet": lambda: parquet(["x"], "body")}, "--files a.parquet", "no text column among: id, body"),
-    "not text": ({"a.parquet": lambda: parquet([1, 2])}, "--files a.parquet", "int64"),
+    "two fields": (
+        {"a.jsonl": b'{"Text": "a", "TEXT": "b"}\n'}, "--files a.jsonl", "line 1: 2 text columns: Text, TEXT"),
+    "two columns": (
+        {"a.parquet": lambda: parquet(["a"], "Text", TEXT=["b"])}, "--files a.parquet", "2 text columns: Text, TEXT"),
+    "not text": ({"a.parquet": lambda: parquet([1, 2])}, "--files a.parquet", "holds int64"),
+    "bytes": ({"a.parquet": lambda: parquet([b"a"])}, "--files a.parquet", "holds binary"),
+    "list of strings": ({"a.parquet": lambda: parquet([["a", "b"]] * 20)}, "--files a.parquet", "holds list<"),
+    "struct of strings": (
+        {"a.parquet": lambda: parquet([{"content": "a"}], kind="struct")}, "--files a.parquet", "holds struct<content"),
     "empty": ({"a.jsonl": b""}, "--files a.jsonl", "only 0 tokens"),
     "blank": ({"a.txt": b" \n"}, "--files a.txt", "only 0 tokens"),
     "small": ({"a.txt": b"hello world"}, "--files a.txt", "only 3 tokens"),
@@ -375,6 +605,12 @@ BAD = {  # case: files to make, options, what the one line must say
         {"a.txt": b"a b c", "out/fineweb_val_000000.bin": b""}, "--files a.txt --val_tokens 2", "progress.json"),
     "broken progress": (
         {"a.txt": b"a b c", "out/progress.json": b"{"}, "--files a.txt --val_tokens 2", "progress.json"),
+    **{f"broken progress {i}": (
+        {"a.txt": b"a b c", "out/progress.json": json.dumps(progress).encode()}, "--files a.txt --val_tokens 2",
+        "progress.json is damaged") for i, progress in enumerate(BROKEN_PROGRESS)},
+    "nested progress": (
+        {"a.txt": b"a b c", "out/progress.json": b"[" * 10**5}, "--files a.txt --val_tokens 2",
+        "progress.json is damaged"),
     "no network": ({}, "--dataset no/such", "--dataset no/such"),
     "no network 2": ({}, "--pretokenized", "kjj0/fineweb10B-gpt2"),
 }
@@ -384,7 +620,7 @@ BAD = {  # case: files to make, options, what the one line must say
 def test_bad_input(gpt2_bpe, tmp_path, case):
     files, options, says = BAD[case]
     for name, data in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(data() if callable(data) else data)
     env = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
     _, errors = run_fineweb("--data_dir", "out", *options.split(), code=1, env=env, cwd=tmp_path)
@@ -392,6 +628,7 @@ def test_bad_input(gpt2_bpe, tmp_path, case):
     if case != "foreign shards":
         assert not list(tmp_path.glob("out/*.bin"))
         assert not list(tmp_path.glob("out/*.tmp"))
+    assert (tmp_path / "out").exists() == any(name.startswith("out") for name in files)  # a failed try leaves no folder
 
 
 def test_other_options_are_refused_and_harmless(gpt2_bpe, tmp_path):
@@ -429,9 +666,95 @@ def test_disk_full(gpt2_bpe, tmp_path):
 
     _, errors = run_fineweb(*args, code=1, preexec_fn=limit)
     assert_one_line(errors, "File too large")
-    assert [path.name for path in sorted(out.iterdir())] == ["fineweb_val_000000.bin", "progress.json"]
+    assert [path.name for path in sorted(out.iterdir())] == [".lock", "fineweb_val_000000.bin", "progress.json"]
     run_fineweb(*args)
     assert shard_bytes(out) == expected_shards(gpt2_bpe, docs, 1000, 10000)
+
+
+def test_long_messages_are_cut_at_a_word(capsys):
+    with pytest.raises(SystemExit) as e:
+        fineweb.fail("a word " * 100)
+    assert e.value.code == "error: " + "a word " * 71 + "a ..."
+    assert fineweb.describe(OSError("x" * 400)) == "OSError: " + "x" * 300 + " ..."
+    assert fineweb.describe(OSError("short\n enough")) == "OSError: short enough"
+
+
+# ---- one writer per folder -------------------------------------------------------------------------------------------
+
+def test_one_writer(gpt2_bpe, tmp_path):
+    """A second writer is refused at once; a killed one leaves nothing in the way, and its temporary files go."""
+    docs = some_documents(4000)
+    (tmp_path / "a.jsonl").write_bytes(jsonl(docs))
+    out = tmp_path / "out"
+    args = ["--files", tmp_path / "a.jsonl", "--val_tokens", 1000, "--shard_size", 100000, "--num_proc", 1,
+            "--data_dir", out]
+    first = subprocess.Popen([*FINEWEB, *map(str, args)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (out / "fineweb_train_000001.bin").exists():
+        time.sleep(0.01)
+    first.send_signal(signal.SIGSTOP)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    try:
+        for _ in "second", "third":
+            begin = time.time()
+            _, errors = run_fineweb(*args, code=1)
+            assert time.time() - begin < 20
+            assert_one_line(errors, f"another process writes to {out}: PID {first.pid} on {socket.gethostname()}; "
+                                    "wait for it, or use another --data_dir")
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+        run_fineweb("--check", "--data_dir", out)  # reading needs no lock
+    finally:
+        first.kill()
+        first.wait()
+    stale = out / "fineweb_train_000002.bin.0123abcd.tmp"
+    stale.write_bytes(b"x")
+    (out / "notes.tmp").write_bytes(b"x")
+    run_fineweb(*args)
+    assert shard_bytes(out) == expected_shards(gpt2_bpe, docs, 1000, 100000)
+    assert [path.name for path in out.glob("*.tmp")] == ["notes.tmp"]
+
+
+def test_lock_is_released(tmp_path):
+    folder = str(tmp_path / "a" / "b")
+    for _ in "first", "again":
+        with fineweb.lock_folder(folder, "--log_dir"), pytest.raises(SystemExit) as e:
+            fineweb.lock_folder(folder, "--log_dir")
+        assert e.value.code.endswith(f"PID {os.getpid()} on {socket.gethostname()}; wait for it, or use another "
+                                     "--log_dir")
+
+
+@pytest.mark.parametrize("code, refused", [(errno.EACCES, True), (errno.ENOSYS, False), (errno.EOPNOTSUPP, False),
+                                           (errno.ENOLCK, False)])
+def test_lock_where_the_file_system_is_unusual(tmp_path, monkeypatch, capsys, code, refused):
+    """Some file systems say "no permission" for "locked", others have no locks: then work goes on, after a warning."""
+    def flock(file, operation):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    stale = tmp_path / "model_00001.pt.0123abcd.tmp"
+    stale.write_bytes(b"x")
+    if refused:
+        with pytest.raises(SystemExit):
+            fineweb.lock_folder(str(tmp_path), "--log_dir")
+    else:
+        fineweb.lock_folder(str(tmp_path), "--log_dir").close()
+        assert capsys.readouterr().err.count("take care that no other process writes to it\n") == 1
+    assert stale.exists()  # it may belong to a living process
+
+
+def test_two_writers_of_one_file(tmp_path):
+    """Each of two writers at once, such as two --tiny runs, leaves a whole file with the usual rights."""
+    path = tmp_path / "x.bin"
+    with fineweb.replacing(str(path)) as first:
+        first.write(b"first")
+        with fineweb.replacing(str(path)) as second:
+            second.write(b"second")
+        assert path.read_bytes() == b"second"
+        first.write(b" whole")
+    assert path.read_bytes() == b"first whole"
+    assert os.listdir(tmp_path) == ["x.bin"]
+    umask = os.umask(0)
+    os.umask(umask)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask
 
 
 # ---- the hub: a stand-in for huggingface.co on the loopback ----------------------------------------------------------
@@ -513,6 +836,8 @@ def test_hub(gpt2_bpe, tmp_path, hub):
         "train-00001.parquet": parquet(docs[200:], "TEXT"),
     }
     Hub.repos["some/images"] = {"train-00000.parquet": parquet(docs[:20], "caption")}
+    Hub.repos["some/lists"] = {"train-00000.parquet": parquet([[doc] for doc in docs[:20]])}
+    Hub.repos["some/pair"] = {"train-00000.parquet": parquet(docs[:20], "Text", TEXT=docs[:20])}
     expected = expected_shards(gpt2_bpe, docs, 1000, 5000)
     ends = np.cumsum([len(document_tokens(gpt2_bpe, doc)) for doc in docs])
     *_, total = ends.tolist()
@@ -538,6 +863,9 @@ def test_hub(gpt2_bpe, tmp_path, hub):
         assert_complete(name)
     wrong = [
         (["--dataset", "some/images"], "no text column among: id, caption"),
+        (["--dataset", "some/lists", "--val_tokens", 5], "holds list<"),
+        (["--dataset", "some/lists", "--val_tokens", 5, "--max_tokens", 9], "holds list<"),
+        (["--dataset", "some/pair"], "2 text columns: Text, TEXT"),
         (["--dataset", "some/set", "--split", "test"], "--split"),
     ]
     for options, says in wrong:
@@ -577,6 +905,35 @@ def test_pretokenized(tmp_path, hub):
     edu = tmp_path / "edu"
     run_fineweb("--pretokenized", "--dataset", "kjj0/finewebedu10B-gpt2", "--data_dir", edu, env=hub)
     assert list(shard_bytes(edu)) == ["fineweb_train_000001.bin", "fineweb_val_000000.bin"]
+    # each split keeps its own numbers
+    golf = {name: shard(80 + i, i) for i, name in enumerate(
+        ["x_train_000000.bin", "x_train_000001.bin", "x_val_000000.bin", "x_val_000001.bin", "tokenizer.bin"])}
+    tiny = {"tiny_shakespeare_train.bin": shard(70, 1), "TinyStories_val.bin": shard(70, 2)}
+    Hub.repos |= {"some/golf": golf, "some/tiny": tiny}
+    for repo, most, local in [
+        ("some/golf", None, {f"fineweb_{name}": golf[f"x_{name}"] for name in (
+            "train_000000.bin", "train_000001.bin", "val_000000.bin", "val_000001.bin")}),
+        ("some/golf", 1, {f"fineweb_{name}": golf[f"x_{name}"] for name in ("train_000000.bin", "val_000000.bin")}),
+        ("some/tiny", None, {"fineweb_train_000001.bin": tiny["tiny_shakespeare_train.bin"],
+                             "fineweb_val_000000.bin": tiny["TinyStories_val.bin"]}),
+    ]:
+        out = tmp_path / f"{repo} {most}"
+        for _ in "first", "again":
+            Hub.log.clear()
+            options = ["--max_tokens", most] if most else []
+            run_fineweb("--pretokenized", "--dataset", repo, *options, "--data_dir", out, env=hub)
+            assert shard_bytes(out) == local
+        assert not Hub.log
+        run_fineweb("--check", "--data_dir", out)
+    for names, says in [
+        (["a_train_1.bin", "b_train_000001.bin"], "a_train_1.bin and b_train_000001.bin would both become"),
+        (["a_train.bin", "a_train_000001.bin"], "would both become fineweb_train_000001.bin"),
+        (["a_trainval_1.bin"], "both train and val"),
+    ]:
+        Hub.repos["some/pair"] = {name: shard(70, 1) for name in names}
+        _, errors = run_fineweb("--pretokenized", "--dataset", "some/pair", "--data_dir", tmp_path / "bad", env=hub,
+                                code=1)
+        assert_one_line(errors, says)
     Hub.repos["some/empty"] = {"README.md": b"x"}
     for repo in "some/empty", "no/such":
         _, errors = run_fineweb("--pretokenized", "--dataset", repo, "--data_dir", tmp_path / "bad", env=hub, code=1)
