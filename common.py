@@ -82,7 +82,8 @@ class RunConfig:
         "total_batch_size", "batch_size", "max_steps", "warmup_steps", "learning_rate",
         "min_lr_ratio", "weight_decay", "beta1", "beta2", "grad_clip", "optimizer"}
     # name: (least, bound) for least <= value < bound; others (1, 2**40), floats (0, inf)
-    limits = {"beta1": (0, 1), "beta2": (0, 1), "seed": (0, 2**63)} | dict.fromkeys(
+    limits = {"beta1": (0, 1), "beta2": (0, 1), "seed": (0, 2**63), "n_embd": (1, 2**20),
+              "n_head": (1, 2**20)} | dict.fromkeys(
         ("max_steps", "warmup_steps", "eval_interval", "val_full_tokens", "hella_limit",
          "checkpoint_interval", "keep_checkpoints", "sample_interval", "bench"), (0, 2**40))
 
@@ -170,7 +171,6 @@ def parse_args(Config, tiny):
     defaults = {f.name: f.default for f in fields(Config)}
     if given.get("tiny"):
         defaults |= {**TINY_TRAINING, **tiny}
-    given = {**defaults, **follow_n_embd(defaults, given), **given}
     numbers = {name: getattr(mode, name) for name in ("bench", "max_new_tokens", "temperature")}
     for name, value in {**given, **numbers}.items():
         default_limits = (0, math.inf) if isinstance(value, float) else (1, 2**40)
@@ -181,6 +181,7 @@ def parse_args(Config, tiny):
     for name, known in choices.items():
         if given.get(name, known[0]) not in known:
             fail(f"--{name}={given[name]} is unknown: use {', '.join(known)}")
+    given = {**defaults, **follow_n_embd(defaults, given), **given}
     if (mode.sample is not None) + (mode.export is not None) + (mode.bench > 0) > 1:
         fail("--sample, --export and --bench: use one at a time")
     if mode.bench:

@@ -120,7 +120,13 @@ def quick(arch):
 def train(arch, monkeypatch, *options):
     """Run main() of a training script in this process, as if started from the shell in the current folder."""
     monkeypatch.setattr(sys, "argv", [f"train_{arch}.py", *options])
-    SCRIPTS[arch].main()
+    locks = []
+    monkeypatch.setattr(run, "lock_folder", lambda *args: locks.append(fineweb.lock_folder(*args)))
+    try:
+        SCRIPTS[arch].main()
+    finally:
+        for lock in locks:
+            lock.close()  # as the end of a process would
 
 
 def shell(script, *options, processes=0):
@@ -199,7 +205,7 @@ def serve(handler):
 def folder(tmp_path, monkeypatch):
     """Give every test an empty working folder, and the process its signal handlers back."""
     monkeypatch.chdir(tmp_path)
-    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield tmp_path
     for signum, handler in handlers.items():
         signal.signal(signum, handler)

@@ -178,7 +178,8 @@ def resume(cfg, arch, world, model, optimizer, scaler):
         fixed = [*cfg.option_groups()["model"], "optimizer", "total_batch_size"]
         wanted = [f"--{name}={saved.get(name)}" for name in differing if name in fixed]
         if wanted:
-            fail(f"{path} was trained with other options; to resume it use {' '.join(wanted)}")
+            fail(f"{path} has another shape, optimizer or number of tokens in a step; to resume "
+                 f"it use {' '.join(wanted)}")
         changes = "".join(f", {name} {saved.get(name)} -> {now[name]}" for name in differing)
         message = f"resumed {path} at step {step}{changes}"
         with explain(f"{path} does not fit train_{arch}.py", AttributeError, RuntimeError):
@@ -216,8 +217,6 @@ class Run:
         self.scaler = scaler
         self.hellaswag = hellaswag
         self.bench = bench
-        writes = world.rank == 0 and not bench
-        self.lock = lock_folder(cfg.log_dir, "--log_dir") if writes else None
         start = resume(cfg, arch, world, model, optimizer, scaler)
         self.checkpoint, self.start_step, self.tokens_per_second = start
         self.cuda = world.device.type == "cuda"
@@ -231,7 +230,8 @@ class Run:
         self.stopping = False  # whether any process was: all of them stop at the same step
         self.log_path = os.path.join(cfg.log_dir, "log.txt")
         self.file = None  # the open log.txt, in the process that writes
-        if writes:
+        if world.rank == 0 and not bench:
+            self.lock = lock_folder(cfg.log_dir, "--log_dir")  # until this process ends
             self.starts = self.earlier_starts()
             self.open_log()
             self.write_info()
@@ -454,8 +454,6 @@ class Run:
             folder = shlex.quote(self.cfg.log_dir)
             self.say(f"log: {self.log_path}\ncheckpoint: {self.checkpoint}\nnext: python "
                      f"train_{self.arch}.py --log_dir={folder} --sample=\"{PROMPT}\"")
-        if self.lock:
-            self.lock.close()
         if self.world.size > 1:
             dist.destroy_process_group()
 

@@ -23,11 +23,13 @@ import math
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -472,6 +474,266 @@ def test_interrupted_and_resumed(signum, monkeypatch):
     assert log_of() == log_of("log/whole")
 
 
+LONG = [*QUICK, "--max_steps=100000", "--eval_interval=0", "--checkpoint_interval=0"]
+
+
+def stopped_at(folder="log/gpt2-tiny"):
+    """Return the step at which a run stopped and saved; there must be one checkpoint."""
+    (path,) = checkpoints(folder)
+    return int(re.search(r"(\d+)\.pt$", path)[1])
+
+
+@pytest.mark.parametrize("command", ["nohup sh -c", "sh -c"])
+def test_a_hangup_saves(command):
+    """SIGHUP, which comes when the terminal goes, stops and saves; nohup lets the run go on."""
+    start = shlex.join([sys.executable, os.path.join(ROOT, "train_gpt2.py"), *LONG])
+    process = subprocess.Popen([*command.split(), f"exec {start}"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                               stderr=subprocess.DEVNULL, text=True)
+    for line in process.stdout:
+        if line.startswith("step    30/"):
+            process.send_signal(signal.SIGHUP)
+        if line.startswith("step   200/"):
+            assert "nohup" in command
+            process.send_signal(signal.SIGTERM)
+    assert process.wait() == 0
+    assert stopped_at() > 200 if "nohup" in command else 30 < stopped_at() < 200
+
+
+def test_a_hangup_of_torchrun_saves():
+    """torchrun handles SIGHUP itself, so nohup does not help there: it passes the signal on to its workers."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               os.path.join(ROOT, "train_gpt2.py"), *LONG]
+    process = subprocess.Popen(["nohup", *command], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                               stderr=subprocess.DEVNULL, text=True)
+    for line in process.stdout:
+        if line.startswith("step    30/"):
+            process.send_signal(signal.SIGHUP)
+    process.wait()
+    assert stopped_at() > 30
+
+
+def test_a_closed_console_saves():
+    """The reader of a pipe, such as `head` or a `tee` that was killed, may go before the run does."""
+    command = [sys.executable, os.path.join(ROOT, "train_gpt2.py"), *LONG]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step    30/"):
+            break
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 0
+    assert stopped_at() > 30
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("what", ["val", "hella"])
+def test_a_signal_ends_an_evaluation(what, processes, hellaswag_path, monkeypatch):
+    """SIGTERM during an evaluation of minutes gives it up and saves within seconds. Resumed, the run ends with the log
+    of an uninterrupted one."""
+    shards("data", n_val=4_000_000)
+    long = [f"--hellaswag_file={hellaswag_path}", "--hella_limit=10042"] if what == "hella" else ["--val_tokens=4000000"]
+    options = [*QUICK, "--data_dir=data", "--eval_interval=3"]
+    command = [sys.executable, os.path.join(ROOT, "train_gpt2.py")]
+    if processes == 2:
+        command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    train("gpt2", monkeypatch, *options, "--max_steps=3")
+    for name in "model_00003.pt", "log.txt":
+        os.rename(f"log/gpt2-tiny/{name}", f"log/{name}")
+    shutil.rmtree("log/gpt2-tiny")
+    os.makedirs("log/gpt2-tiny")
+    for name in "model_00003.pt", "log.txt":  # it resumes where an evaluation is due
+        os.rename(f"log/{name}", f"log/gpt2-tiny/{name}")
+    process = subprocess.Popen([*command, *options, *long, "--resume=auto"], stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("gpt2: " if what == "val" else "step     3 | validation"):
+            time.sleep(1)  # the evaluation begins
+            process.send_signal(signal.SIGTERM)
+            begin = time.monotonic()
+    process.wait()
+    assert time.monotonic() - begin < 10
+    assert f"3 {what} " not in log_of().decode()
+    assert stopped_at() == 3
+    train("gpt2", monkeypatch, *options, "--resume=auto")
+    train("gpt2", monkeypatch, *options, "--log_dir=log/whole")
+    assert log_of() == log_of("log/whole")
+
+
+def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint():
+    """torchrun --max_restarts starts all workers again after one died; with --resume=auto the log is the same."""
+    options = [*QUICK, "--max_steps=40", "--checkpoint_interval=10", "--resume=auto"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=3",
+               os.path.join(ROOT, "train_gpt2.py"), *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    killed = False
+    resumed = []
+    for line in process.stdout:
+        if line.startswith("step    25/") and not killed:
+            killed = True
+            worker = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()[-1]
+            os.kill(int(worker), signal.SIGKILL)
+        if line.startswith("resumed "):
+            resumed.append(line)
+    assert process.wait() == 0, process.stderr.read()
+    assert len(resumed) == 1 and "at step 20" in resumed[0]
+    result = shell("train_gpt2.py", *options, "--log_dir=log/whole", processes=2)
+    assert result.returncode == 0, result.stderr
+    assert log_of() == log_of("log/whole")
+
+
+def test_ctrl_c_answers_at_once(monkeypatch, capfd):
+    log_train = run.Run.log_train
+
+    def interrupted(self, step, *args):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        log_train(self, step, *args)
+
+    monkeypatch.setattr(run.Run, "log_train", interrupted)
+    train("gpt2", monkeypatch, *QUICK)
+    assert "stopping after this step; once more: at once" in capfd.readouterr().err
+    assert len(stream_of("train", "log/gpt2-tiny")) == 4
+
+
+def test_one_writer_per_run(monkeypatch, capsys):
+    """The second of two runs in a folder ends at once and names the first; after kill -9 there is nothing to clean."""
+    command = [sys.executable, os.path.join(ROOT, "train_gpt2.py"), *LONG, "--resume=auto"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step    10/"):
+            break
+    log = log_of()
+    for options in [], ["--resume=auto"], ["--resume=auto", "--seed=2"]:
+        bad(capsys, lambda: train("gpt2", monkeypatch, *QUICK, *options), "log/gpt2-tiny", f"PID {process.pid} ")
+    assert log_of().startswith(log)
+    assert run_of("log/gpt2-tiny")["config"]["seed"] == 1337
+    process.kill()
+    process.wait()
+    train("gpt2", monkeypatch, *QUICK, "--resume=auto")
+
+
+def test_history_is_kept(monkeypatch, capsys):
+    """run.json has an entry for each start, and one of a version that only described the latest start is continued."""
+    train("gpt2", monkeypatch, *QUICK, "--max_steps=4")
+    train("gpt2", monkeypatch, *QUICK, "--resume=auto")
+    train("gpt2", monkeypatch, *QUICK, "--max_steps=10", "--learning_rate=1e-4", "--resume=auto")
+    info = run_of("log/gpt2-tiny")
+    assert [start["step"] for start in info["starts"]] == [0, 4, 8]
+    assert [start["config"]["max_steps"] for start in info["starts"]] == [4, 8, 10]
+    assert [start["config"]["learning_rate"] for start in info["starts"]] == [3e-3, 3e-3, 1e-4]
+    assert info["config"] == info["starts"][-1]["config"]
+    assert info["command"] == sys.argv
+    starts = info.pop("starts")
+    overwrite("log/gpt2-tiny/run.json", json.dumps(info).encode())
+    train("gpt2", monkeypatch, *QUICK, "--max_steps=12", "--resume=auto")
+    first, second = run_of("log/gpt2-tiny")["starts"]
+    assert first == starts[-1] | {"step": 0}
+    assert second["step"] == 10
+    for damage in b"{", b"[1]", b"3":
+        overwrite("log/gpt2-tiny/run.json", damage)
+        bad(capsys, lambda: train("gpt2", monkeypatch, *QUICK, "--max_steps=12", "--resume=auto"), "run.json is damaged")
+
+
+def test_a_step_keeps_its_number_of_tokens(monkeypatch, capsys):
+    """Otherwise a resumed run would go on at another place in the data."""
+    train("gpt2", monkeypatch, *QUICK)
+    bad(capsys, lambda: train("gpt2", monkeypatch, *QUICK, "--resume=auto", "--total_batch_size=2048"),
+        "--total_batch_size=512")
+
+
+def test_a_log_with_other_line_endings_is_read(monkeypatch, capsys):
+    """Git and editors on Windows write CRLF. A log with lines of another kind is refused, not shortened."""
+    train("gpt2", monkeypatch, *QUICK)
+    log = log_of()
+    overwrite("log/gpt2-tiny/log.txt", log.replace(b"\n", b"\r\n"))
+    train("gpt2", monkeypatch, *QUICK, "--resume=auto")
+    assert log_of() == log
+    for line in b"step 3: loss 2.1\n", b"\n", b"3 train\n", b"\xff\xfe\n", b"3 train 2.1 2.2\n":
+        foreign = log + line + b"8 val 2.0\n"
+        overwrite("log/gpt2-tiny/log.txt", foreign)
+        number = log.count(b"\n") + 1
+        bad(capsys, lambda: train("gpt2", monkeypatch, *QUICK, "--resume=auto"), "log.txt", f"line {number} ")
+        assert log_of() == foreign
+
+
+def test_a_finished_run_keeps_its_hellaswag(monkeypatch, hellaswag_path):
+    options = [*QUICK, f"--hellaswag_file={hellaswag_path}"]
+    train("gpt2", monkeypatch, *options, "--hella_limit=20")
+    log = log_of()
+    assert b"\n8 hella " in log
+    train("gpt2", monkeypatch, *options, "--hella_limit=0", "--resume=auto")
+    assert sorted(log_of().split(b"\n")) == sorted(log.split(b"\n"))
+    train("gpt2", monkeypatch, *options, "--hella_limit=0", "--max_steps=9", "--eval_interval=100", "--resume=auto")
+    assert b"\n8 hella " in log_of()
+    assert b"\n8 val " in log_of()
+
+
+def test_the_full_validation_set_comes_last(monkeypatch):
+    """Its loss is that on all tokens; `val` is that on the first ones."""
+    shards("data", n_val=5000)
+    options = [*QUICK, "--data_dir=data", "--val_tokens=1024", "--val_full_tokens=4096"]
+    train("gpt2", monkeypatch, *options)
+    assert re.findall(r"^(\d+) val_full", log_of().decode(), re.M) == ["8"]
+    train("gpt2", monkeypatch, *options, "--val_tokens=4096", "--val_full_tokens=0", "--log_dir=log/b")
+    assert stream_of("val_full", "log/gpt2-tiny")[-1] == stream_of("val", "log/b")[-1]
+    assert stream_of("val", "log/gpt2-tiny")[-1] != stream_of("val", "log/b")[-1]
+    assert not len(stream_of("val_full", "log/b"))
+
+
+# ---- precision -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("capabilities, dtype", [
+    ([(9, 0)], "bfloat16"), ([(8, 0)], "bfloat16"), ([(8, 9)], "bfloat16"), ([(7, 5)], "float16"),
+    ([(7, 0)], "float16"), ([(8, 0), (7, 5)], "float16"), ([], "float32")])
+def test_the_default_precision_is_that_of_the_gpus(capabilities, dtype, monkeypatch):
+    """bfloat16 needs an A100, an RTX 30 or newer; a T4, a V100 and an RTX 20 take float16."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(capabilities))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: capabilities[gpu])
+    assert common.default_dtype("cuda") == dtype
+    assert common.default_dtype("cpu") == "float32"
+
+
+@each_arch
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_lower_precision_trains_alike(arch, dtype, monkeypatch):
+    options = [*quick(arch), "--max_steps=16", "--warmup_steps=4"]
+    train(arch, monkeypatch, *options, "--log_dir=log/float32")
+    train(arch, monkeypatch, *options, f"--dtype={dtype}", "--log_dir=log/low")
+    assert (checkpoint_of("log/low", step=16)["scaler"] != {}) == (dtype == "float16")
+    for stream in "train", "val":
+        low, high = stream_of(stream, "log/low"), stream_of(stream, "log/float32")
+        np.testing.assert_allclose(low, high, rtol=0.01)
+        assert not np.array_equal(low, high)
+
+
+@pytest.mark.parametrize("options", [["gpt2"], ["gpt2", "--optimizer=muon"], ["rwkv"], ["deepseek"]])
+def test_a_skipped_update_is_logged_and_resumed(options, monkeypatch):
+    """A scale that is too high makes gradients overflow: the update is skipped, the scale halved. The checkpoint keeps
+    the scale, so that a resumed run is the same."""
+    arch, *more = options
+    init = torch.amp.GradScaler.__init__
+    monkeypatch.setattr(torch.amp.GradScaler, "__init__",
+                        lambda self, *args, **kwargs: init(self, *args, **kwargs, init_scale=2.0**36))
+    options = [*quick(arch), *more, "--dtype=float16", "--max_steps=40", "--checkpoint_interval=4"]
+    train(arch, monkeypatch, *options, "--log_dir=log/whole")
+    lines = log_of("log/whole").decode().splitlines()
+    skipped = [int(line.split()[0]) for line in lines if line.endswith(" skipped 1")]
+    assert skipped and skipped == list(range(len(skipped))) and len(skipped) < 30
+    assert np.isfinite(stream_of("train", "log/whole")).all()
+    assert stream_of("val", "log/whole")[-1] < stream_of("val", "log/whole")[0]
+    os.makedirs("log/resumed")
+    shutil.copy("log/whole/log.txt", "log/resumed")
+    shutil.copy("log/whole/model_00008.pt", "log/resumed")
+    train(arch, monkeypatch, *options, "--log_dir=log/resumed", "--resume=auto")
+    assert log_of("log/resumed") == log_of("log/whole")
+    # negative control: without the state of the scaler the resumed run starts with the first scale again
+    checkpoint = checkpoint_of("log/whole", step=8)
+    os.makedirs("log/other")
+    torch.save(checkpoint | {"scaler": {}}, "log/other/model_00008.pt")
+    train(arch, monkeypatch, *options, "--log_dir=log/other", "--resume=auto")
+    assert not log_of("log/whole").endswith(log_of("log/other"))
+
+
 @pytest.mark.parametrize("signal_in_step", [None, 3, 7])
 def test_numbers_that_are_read_late(signal_in_step, monkeypatch, capsys):
     """On a GPU an update is logged while the next one runs. The log is the same, and a signal in any step, the last
@@ -755,6 +1017,25 @@ def test_samples_and_short_contexts(monkeypatch, capsys):
     bad(capsys, lambda: train("gpt2", monkeypatch, *QUICK, "--block_size=8", prompt), "40 tokens")
 
 
+def test_samples_have_a_length_and_a_temperature(monkeypatch, capsys):
+    train("gpt2", monkeypatch, *QUICK)
+    capsys.readouterr()
+
+    def sample(*options):
+        train("gpt2", monkeypatch, *QUICK, "--sample=The ", *options)
+        return capsys.readouterr().out[:-1]
+
+    greedy = {sample("--temperature=0", "--max_new_tokens=40", f"--seed={seed}") for seed in (1, 2)}
+    assert len(greedy) == 1
+    # the reference: the likeliest byte after what is there
+    model, text = trained_model("gpt2"), list(b"The ")
+    for _ in range(40):
+        text.append(model(torch.tensor([text[-32:]]))[0][0, -1].argmax().item())
+    assert bytes(text).decode(errors="replace") in greedy
+    assert len({sample(f"--seed={seed}") for seed in (1, 2)}) == 2
+    assert len(sample("--max_new_tokens=3").encode()) <= 4 + 3 * 3  # a byte that is no text shows as three
+
+
 def test_samples_never_contain_padding():
     model = small_model("gpt2", vocab_size=512, block_size=16)
     with torch.no_grad():
@@ -780,6 +1061,10 @@ def test_samples_never_contain_padding():
     ("--learning_rate=nan", "learning_rate"),
     ("--compile=maybe", "--compile"),
     ("--optimizer=sgd", "muon"),
+    ("--dtype=fp8", "bfloat16"),
+    ("--temperature=-1", "temperature"),
+    ("--max_new_tokens=0", "max_new_tokens"),
+    ("--val_full_tokens=5", "val_full_tokens=5"),
     ("--device=tpu9", "--device=tpu9"),
     ("--n_head=5", "n_head=5"),
     ("--bench=-1", "bench"),
@@ -795,6 +1080,99 @@ def test_samples_never_contain_padding():
 def test_bad_options(option, words, monkeypatch, capsys):
     bad(capsys, lambda: train("gpt2", monkeypatch, *QUICK, *option.split()), words)
     assert not os.path.exists("log")
+
+
+def test_no_clipping(monkeypatch):
+    """--grad_clip=0 means no clipping, as in nanoGPT; the norm is logged."""
+    train("gpt2", monkeypatch, *QUICK, "--grad_clip=0", "--log_dir=log/none")
+    train("gpt2", monkeypatch, *QUICK, "--grad_clip=1e9", "--log_dir=log/high")
+    train("gpt2", monkeypatch, *QUICK)
+    assert log_of("log/none") == log_of("log/high") != log_of()
+    assert stream_of("norm", "log/none").max() > 1
+
+
+@pytest.mark.parametrize("environment", [
+    {"WORLD_SIZE": "2", "RANK": "0"}, {"WORLD_SIZE": ""}, {"WORLD_SIZE": "two"}, {"RANK": "1"}, {"LOCAL_RANK": "x"},
+    {"WORLD_SIZE": "0"}, {"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}])
+def test_an_environment_without_torchrun(environment, monkeypatch, capsys):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    bad(capsys, lambda: train("gpt2", monkeypatch, *QUICK), "WORLD_SIZE", "torchrun")
+    assert not os.path.exists("log")
+
+
+@each_arch
+def test_too_little_memory_is_said_first(arch, monkeypatch, capsys):
+    """The largest batch that fits and divides is named; what fits is not refused."""
+    def attempt(*options):
+        train(arch, monkeypatch, *quick(arch), "--vocab_size=50304", "--batch_size=16", "--max_steps=1", *options)
+
+    shards("data", vocab=50257)
+    monkeypatch.setattr(run, "free_memory", lambda device: 2**32)
+    attempt("--data_dir=data", "--log_dir=log/fits")
+    monkeypatch.setattr(run, "free_memory", lambda device: 3 * 2**27)
+    bad(capsys, lambda: attempt("--data_dir=data"), "--batch_size=16 needs about", "GiB are free", "use --batch_size=")
+    monkeypatch.setattr(run, "free_memory", lambda device: 2**20)
+    bad(capsys, lambda: attempt("--data_dir=data"), "a smaller model")
+    assert not os.path.exists(f"log/{arch}-tiny")
+
+
+MEMORY = """
+import os, re, resource, sys
+import torch, common, run, train_{arch} as script
+cfg = script.Config(**{options})
+world = common.World(torch.device("cpu"))
+run.check_memory(cfg, world, script.Model, 1)
+before = int(re.search(r"VmRSS: *([0-9]+)", open("/proc/self/status").read())[1])
+model = script.Model(cfg)
+optimizer = model.configure_optimizers(cfg, "cpu")
+idx = torch.zeros(cfg.batch_size, cfg.block_size, dtype=torch.long)
+for _ in range(2):
+    _, loss = model(idx, idx)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+print((int(re.search(r"VmHWM: *([0-9]+)", open("/proc/self/status").read())[1]) - before) / 2**20)
+"""
+
+
+@each_arch
+def test_the_estimate_of_memory_is_good_to_30_percent(arch):
+    options = dict(n_layer=4, n_embd=256, block_size=256, batch_size=16)
+    if arch != "rwkv":
+        options |= dict(n_head=4)
+    if arch in ("llama", "mistral", "phi", "gemma"):
+        options |= dict(n_kv_head=1, ffn_dim=816)
+    code = MEMORY.format(arch=arch, options=options)
+    result = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": ROOT}, capture_output=True,
+                            text=True)
+    assert result.returncode == 0, result.stderr
+    estimate, measured = result.stdout.splitlines()
+    estimate = float(re.search(r"needs about (\S+) GiB", estimate)[1])
+    assert estimate == pytest.approx(float(measured), rel=0.3)
+
+
+@each_arch
+def test_widths_follow_n_embd(arch, monkeypatch):
+    """A narrower model keeps the proportions of the default one, unless its widths are given."""
+    def config(*options):
+        monkeypatch.setattr(sys, "argv", ["train", *options])
+        return common.parse_args(SCRIPTS[arch].Config, SCRIPTS[arch].TINY)[0]
+
+    default = config()
+    assert default == SCRIPTS[arch].Config()
+    half = config(f"--n_embd={default.n_embd // 2}")
+    for name in "n_head", "ffn_dim", "moe_ffn_dim", "q_lora_rank", "kv_lora_rank":
+        if hasattr(default, name):
+            assert getattr(half, name) == getattr(default, name) / 2
+    share = [SCRIPTS[arch].Model(cfg).num_params()["non_embedding"] / cfg.n_embd**2 for cfg in (half, default)]
+    assert share[0] == pytest.approx(share[1], rel=0.06)
+    for n_embd in 128, 192, 256, 320, 384, 512:
+        SCRIPTS[arch].Model(config("--n_layer=2", "--vocab_size=512", f"--n_embd={n_embd}"))
+    SCRIPTS[arch].Model(config("--tiny", "--n_embd=64"))
+    if hasattr(default, "n_kv_head"):
+        assert config("--n_head=8").n_kv_head == 2
+        assert config("--n_embd=128", "--ffn_dim=400").ffn_dim == 400
 
 
 def test_an_error_is_one_line_without_a_traceback():

@@ -281,7 +281,7 @@ def main():
             run.flush()
             model.eval()
             streams = {"val": cfg.val_tokens}
-            if last_step:
+            if last_step and cfg.val_full_tokens:
                 streams["val_full"] = cfg.val_full_tokens
             for stream, n_tokens in streams.items():
                 val_loss = torch.zeros((), device=world.device)
