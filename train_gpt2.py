@@ -36,7 +36,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from common import (Optimizers, RunConfig, ShardLoader, accumulation_steps, cosine_lr, init_world,
                     parse_args)
-from fineweb import explain, get_tokenizer, one_line_errors
+from fineweb import end_of_text, explain, get_tokenizer, one_line_errors
 from hellaswag import load_hellaswag
 from run import Run, use_checkpoint
 
@@ -47,7 +47,7 @@ ARCH = "gpt2"
 class Config(RunConfig):
     # model
     block_size: int = 1024  # context length in tokens
-    vocab_size: int = 50304  # GPT-2's 50,257 and padding; below 50,257 a token is a byte
+    vocab_size: int = 50304  # GPT-2's 50,257 and padding, or 256: a token is a byte
     n_layer: int = 12  # number of blocks
     n_head: int = 12  # number of attention heads
     n_embd: int = 768  # width of the residual stream
@@ -234,7 +234,7 @@ def to_hf(model):
     """Return the same weights as a transformers GPT2LMHeadModel."""
     from transformers import GPT2Config, GPT2LMHeadModel
     cfg = model.cfg
-    eot = 50256 if cfg.vocab_size > 50256 else 0
+    eot = end_of_text(cfg.vocab_size)
     hf = GPT2LMHeadModel(GPT2Config(
         vocab_size=cfg.vocab_size, n_positions=cfg.block_size, n_embd=cfg.n_embd,
         n_layer=cfg.n_layer, n_head=cfg.n_head, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
