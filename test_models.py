@@ -244,7 +244,7 @@ def test_files_are_short_and_narrow():
             lines = source_of(path).splitlines()
             limit = 120 if path.startswith(("test_", "conftest")) else 100
             assert max(map(len, lines)) <= limit, path
-            assert path not in ("common.py", "run.py") or len(lines) <= 360, path
+            assert path not in ("common.py", "run.py") or len(lines) <= 400, path
 
 
 def test_shared_files_know_no_architecture():
