@@ -450,7 +450,9 @@ def save_tokenizer(folder, vocab_size, block_size):
 
     ranks = {bytes([i]): i for i in range(256)} if is_bytes else tokenizer._mergeable_ranks
     vocab = {spell(token): rank for token, rank in ranks.items()}
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size,
+    # llama.cpp's converter knows GPT-2's vocabulary by this name
+    config = {"tokenizer_class": "PreTrainedTokenizerFast" if is_bytes else "GPT2Tokenizer",
+              "model_max_length": block_size,
               "model_input_names": ["input_ids", "attention_mask"],
               "clean_up_tokenization_spaces": False}
     merges = [(spell(a), spell(b)) for a, b in merges_of(ranks)]

@@ -352,7 +352,7 @@ def use_checkpoint(cfg, mode, arch, Config, Model, to_hf):
 def export(model, path, checkpoint, folder, to_hf):
     """Write a Hugging Face folder, or model.pth if to_hf returns a state dict."""
     if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
-        fail(f"--export={folder} exists and is not an empty folder: choose a new name")
+        fail(f"--export={folder} is not empty, or not a folder: choose a new name")
     with explain("--export needs transformers 5 (pip install transformers)", Exception):
         exported = to_hf(model)  # what an old version lacks shows in errors of many types
     try:

@@ -238,7 +238,7 @@ def unknown_settings(hf, ours):
                 *GenerationConfig().to_dict(), "initializer_range",
                 "attn_pdrop", "embd_pdrop", "resid_pdrop"}
     # what old versions of transformers wrote into every config.json
-    old = {"n_ctx": hf.n_positions, "pruned_heads": {}, "use_bfloat16": False,
+    old = {"pruned_heads": {}, "use_bfloat16": False,
            "is_encoder_decoder": False, "chunk_size_feed_forward": 0}
     theirs, ours = hf.to_dict(), old | ours.to_dict()
     if hf.n_inner == 4 * hf.n_embd:
@@ -280,7 +280,7 @@ def hf_config(cfg):
     return GPT2Config(
         vocab_size=cfg.vocab_size, n_positions=cfg.block_size, n_embd=cfg.n_embd,
         n_layer=cfg.n_layer, n_head=cfg.n_head, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-        bos_token_id=eot, eos_token_id=eot)
+        bos_token_id=eot, eos_token_id=eot, n_ctx=cfg.block_size)  # llama.cpp reads n_ctx
 
 
 def to_hf(model):
