@@ -457,8 +457,8 @@ def save_tokenizer(folder, vocab_size, block_size):
               "clean_up_tokenization_spaces": False}
     merges = [(spell(a), spell(b)) for a, b in merges_of(ranks)]
     saved = Tokenizer(models.BPE(vocab, merges))
-    # use_regex: first split the text into words by GPT-2's pattern
-    saved.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not is_bytes)
+    # this first splits the text into words by GPT-2's pattern
+    saved.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     saved.decoder = decoders.ByteLevel()
     if not is_bytes:  # the end of a text is no text of its own there, but the byte 0
         saved.add_special_tokens([AddedToken("<|endoftext|>", normalized=False)])

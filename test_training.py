@@ -751,7 +751,7 @@ def score(monkeypatch, capsys, *options):
 
 
 AWKWARD_TEXTS = [
-    "They're sure it isn't HE'S; we'll  see.\n\n  indented\t\ttabs   \r\n trailing  ",
+    "They're sure it isn't HE'S; we'll  see ''s, 's and $'ll.\n\n  indented\t\ttabs   \r\n trailing  ",
     "naïve cafe\u0301 Ā ĀĀ 日本語 👩‍👩‍👧 12345 ½ ²\u00a0\u2003x \x00\x1f\x7f\ufeff",
     "".join(map(chr, [*range(0xd7ff), *range(0x1f300, 0x1f700)])),
     " ", "",
@@ -760,18 +760,45 @@ AWKWARD_TEXTS = [
 
 @pytest.mark.parametrize("vocab_size", [256, 50257, 50304])
 def test_an_exported_tokenizer_gives_the_ids_of_training(vocab_size, gpt2_bpe, hellaswag_items):
+    """transformers has a class of its own for GPT-2's vocabulary; other programs read tokenizer.json alone."""
+    from tokenizers import Tokenizer
     from transformers import AutoTokenizer
     assert fineweb.save_tokenizer(".", vocab_size, 100_000)
     theirs = AutoTokenizer.from_pretrained(".")
+    alone = Tokenizer.from_file("tokenizer.json")
     ours = fineweb.get_tokenizer(vocab_size)
     for text in [*AWKWARD_TEXTS, *(item["ctx"] for item in hellaswag_items[:300])]:
         ids = ours.encode_ordinary(text)
-        assert theirs.encode(text) == ids
-        assert theirs.decode(ids) == text
+        assert theirs.encode(text) == alone.encode(text).ids == ids
+        assert theirs.decode(ids) == alone.decode(ids) == text
     # <|endoftext|> is GPT-2's last token; bytes spell it out
-    assert theirs.encode("a<|endoftext|>b") == ([64, 50256, 65] if vocab_size > 256 else list(b"a<|endoftext|>b"))
+    ids = [64, 50256, 65] if vocab_size > 256 else list(b"a<|endoftext|>b")
+    assert theirs.encode("a<|endoftext|>b") == alone.encode("a<|endoftext|>b").ids == ids
     assert theirs.eos_token_id == (50256 if vocab_size > 256 else None)
     assert len(theirs) == min(vocab_size, 50257)
+
+
+OLD_NAMES = {  # settings under the names that vLLM, SGLang and llama.cpp's converter ask for
+    "gpt2": dict(n_ctx=64),
+    "llama": dict(rope_theta=1234.0, head_dim=16),
+    "mistral": dict(rope_theta=1234.0, head_dim=16, sliding_window=16),
+    "phi": dict(rope_theta=1234.0, partial_rotary_factor=0.75, original_max_position_embeddings=64),
+    "gemma": dict(rope_theta=1234.0, rope_local_base_freq=77.0, head_dim=32, sliding_window=16,
+                  sliding_window_pattern=2),
+    "deepseek": dict(rope_theta=1234.0, qk_rope_head_dim=8, topk_method="noaux_tc", scoring_func="sigmoid",
+                     moe_layer_freq=1, rope_interleave=True, num_nextn_predict_layers=0),
+}
+
+
+@each_transformer
+def test_an_export_has_the_names_of_other_readers(arch):
+    model = small_model(arch, vocab_size=256, rope_theta=1234.0, rope_theta_local=77.0)
+    SCRIPTS[arch].to_hf(model).save_pretrained("exported")
+    with open("exported/config.json") as f:
+        config = json.load(f)
+    assert {name: config.get(name) for name in OLD_NAMES[arch]} == OLD_NAMES[arch]
+    assert config.get("rope_scaling") is None
+    assert config["eos_token_id"] == 0
 
 
 @each_transformer
