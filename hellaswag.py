@@ -283,8 +283,9 @@ class HuggingFaceTokenizer:
 
 
 def load_hf_tokenizer(name, config):
-    """Return the tokenizer of a Hugging Face model: its own, or GPT-2's if it has none but is
-    GPT-2 by its class, its number of tokens and its last one. No size alone tells a vocabulary."""
+    """Return the tokenizer of a Hugging Face model: its own, or GPT-2's for a folder without one
+    that is GPT-2 by its class, its number of tokens and its last one. No size alone tells a
+    vocabulary."""
     from transformers import AutoTokenizer
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -299,11 +300,13 @@ def load_hf_tokenizer(name, config):
         if ordinary:
             return HuggingFaceTokenizer(tokenizer)
         reason = "the files are missing"  # some classes raise nothing and have no tokens then
+    files = os.listdir(name) if os.path.isdir(name) else ["tokenizer.json"]
+    has_none = not any(file.startswith(("tokenizer", "vocab", "merges")) for file in files)
     is_gpt2 = config.model_type == "gpt2" and config.vocab_size == 50257
-    if is_gpt2 and config.bos_token_id == config.eos_token_id == 50256:
+    if has_none and is_gpt2 and config.bos_token_id == config.eos_token_id == 50256:
         return get_tokenizer(config.vocab_size)
-    fail(f"{name} has no tokenizer, and a size does not tell which it needs: put the model's "
-         f"tokenizer.json and tokenizer_config.json there, or export it anew ({reason})")
+    fail(f"{name} has no tokenizer that can be read, and a size does not tell which it needs: put "
+         f"the model's tokenizer.json and tokenizer_config.json there, or export it anew ({reason})")
 
 
 def load_checkpoint_model(path):

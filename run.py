@@ -362,7 +362,7 @@ def export(model, path, checkpoint, folder, to_hf):
         else:
             exported.save_pretrained(folder)
             save_tokenizer(folder, model.cfg.vocab_size, model.cfg.block_size)
-            with open(os.path.join(folder, "README.md"), "w") as file:
+            with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as file:
                 file.write(model_card(model, path, checkpoint, type(exported).__name__))
     except Exception as e:  # torch.save and safetensors each wrap the OSError of a full disk
         shutil.rmtree(folder, ignore_errors=True)

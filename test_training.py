@@ -283,6 +283,8 @@ def test_hellaswag_items_longer_than_the_context_lose_its_start():
     cut = [{**item, "ctx": item["ctx"][-14:]} for item in items]  # 14 + space + 9 = 24
     assert (score(items) == one_at_a_time(model, cut, fineweb.Bytes().encode_ordinary)).all()
     score([{**items[0], "ctx": "a", "endings": [word(n) for n in (1, 23, 24, 60)]}])
+    blank = [{**item, "ctx": " "} for item in items]  # the first token has nothing that it follows
+    assert (score(blank) == one_at_a_time(model, blank, fineweb.Bytes().encode_ordinary)).all()
 
 
 @pytest.mark.parametrize("line, word", [
@@ -987,6 +989,8 @@ def test_gpt2_needs_no_tokenizer_of_its_own(monkeypatch, capsys, gpt2_bpe):
     assert "/12)" in expected[0]
     fineweb.save_tokenizer("other", 50257, 128)
     assert score(monkeypatch, capsys, *options) == expected
+    overwrite("other/tokenizer.json", b"of another vocabulary, and damaged")
+    bad(capsys, lambda: score(monkeypatch, capsys, *options), "other has no tokenizer that can be read")
 
 
 def test_a_model_without_all_its_weights_is_refused(monkeypatch, capsys):
