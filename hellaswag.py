@@ -306,7 +306,7 @@ def load_hf_tokenizer(name, config):
     if has_none and is_gpt2 and config.bos_token_id == config.eos_token_id == 50256:
         return get_tokenizer(config.vocab_size)
     fail(f"{name} has no tokenizer that can be read, and a size does not tell which it needs: put "
-         f"the model's tokenizer.json and tokenizer_config.json there, or export it anew ({reason})")
+         f"its tokenizer.json and tokenizer_config.json there, or export it anew ({reason})")
 
 
 def load_checkpoint_model(path):
