@@ -226,7 +226,7 @@ class World:
 
 def init_world(device, dtype, seed):
     """Join the process group if torchrun started this process, choose the device, seed torch."""
-    launch = "WORLD_SIZE, RANK and their like come from torchrun: start with it, or unset them"
+    launch = "cannot join the processes of WORLD_SIZE, RANK and so on: use torchrun, or unset them"
     with explain(launch, ValueError):
         rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
         size = int(os.environ.get("WORLD_SIZE", 1))
@@ -248,7 +248,7 @@ def init_world(device, dtype, seed):
         fail(f"--device={device} cannot be used here: use cuda, mps or cpu, if PyTorch finds it")
     if size > 1:
         gpu = world.device if world.device.type == "cuda" else None
-        with explain(launch, ValueError, dist.DistError):
+        with explain(launch, ValueError, RuntimeError):
             dist.init_process_group("nccl" if gpu else "gloo", device_id=gpu)
     torch.manual_seed(seed)
     return world

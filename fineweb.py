@@ -514,7 +514,7 @@ class Hub:
 # ---- vocabularies --------------------------------------------------------------------------------
 
 class Bytes:
-    """The tokenizer of vocabularies that are too small for GPT-2's: a token is a byte."""
+    """The tokenizer of a vocabulary of 256: a token is a byte."""
     n_vocab = 256
     eot_token = 0
 
@@ -526,19 +526,86 @@ class Bytes:
 
 
 def get_tokenizer(vocab_size):
-    """Return GPT-2's BPE for 50,257 tokens or more, else Bytes. Say why and return None if the BPE
-    is neither in tiktoken's cache nor to be downloaded."""
-    if vocab_size < 50257:
+    """Return Bytes for a vocabulary of 256, GPT-2's BPE for 50,257 tokens or more. For any other
+    size, or if the BPE is neither in tiktoken's cache nor to be downloaded, say why and return
+    None."""
+    if vocab_size == 256:
         return Bytes()
-    import tiktoken
-    try:
-        return tiktoken.get_encoding("gpt2")
-    except OSError as e:
-        reason = type(e).__name__
-        print(f"no samples and no HellaSwag: GPT-2's BPE cannot be downloaded ({reason}); set "
-              "TIKTOKEN_CACHE_DIR to a folder into which tiktoken has downloaded it before",
-              file=sys.stderr)
-        return None
+    if vocab_size < 50257:
+        reason = (f"--vocab_size={vocab_size} is neither that of bytes, 256, nor GPT-2's, 50257 or "
+                  "more, and no other vocabulary is known")
+    else:
+        import tiktoken
+        try:
+            return tiktoken.get_encoding("gpt2")
+        except OSError as e:
+            reason = (f"GPT-2's BPE cannot be downloaded ({type(e).__name__}); set "
+                      "TIKTOKEN_CACHE_DIR to a folder into which tiktoken has downloaded it before")
+    if os.environ.get("RANK", "0") == "0":  # torchrun's processes would all say the same
+        print(f"no tokenizer, so no samples and no HellaSwag: {reason}", file=sys.stderr)
+    return None
+
+
+def end_of_text(vocab_size):
+    """Return the token that get_tokenizer's tokenizer has as eot_token; None if it is unknown."""
+    if vocab_size == 256:
+        return Bytes.eot_token
+    return EOT if vocab_size > EOT else None
+
+
+def merges_of(ranks):
+    """Return the pairs that a BPE merges, first to last: a list of (bytes, bytes).
+
+    ranks: {bytes: rank}, as tiktoken keeps a vocabulary. A token is made of the two parts that are
+    left when its bytes are merged as far as the tokens of lower rank allow."""
+    merges = []
+    for token in sorted(ranks, key=ranks.get):
+        parts = [token[i:i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            pairs = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:])]
+            i = pairs.index(min(pairs))
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            merges.append(tuple(parts))
+    return merges
+
+
+def save_tokenizer(folder, vocab_size, block_size):
+    """Write tokenizer.json and tokenizer_config.json, from which transformers makes a tokenizer
+    with the ids of get_tokenizer's. Return whether there is one."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    tokenizer = get_tokenizer(vocab_size)
+    if tokenizer is None:
+        return False
+    is_bytes = isinstance(tokenizer, Bytes)
+    # the file spells a byte as a character that can be printed: GPT-2's 256, in the order of bytes
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    spelling = {byte: chr(byte) for byte in visible}
+    spelling |= {byte: chr(256 + i) for i, byte in enumerate(hidden)}
+
+    def spell(token):
+        return "".join(spelling[byte] for byte in token)
+
+    ranks = {bytes([i]): i for i in range(256)} if is_bytes else tokenizer._mergeable_ranks
+    vocab = {spell(token): rank for token, rank in ranks.items()}
+    # llama.cpp's converter knows GPT-2's vocabulary by this name
+    config = {"tokenizer_class": "PreTrainedTokenizerFast" if is_bytes else "GPT2Tokenizer",
+              "model_max_length": block_size,
+              "model_input_names": ["input_ids", "attention_mask"],
+              "clean_up_tokenization_spaces": False}
+    merges = [(spell(a), spell(b)) for a, b in merges_of(ranks)]
+    saved = Tokenizer(models.BPE(vocab, merges))
+    # this first splits the text into words by GPT-2's pattern
+    saved.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    saved.decoder = decoders.ByteLevel()
+    if not is_bytes:  # the end of a text is no text of its own there, but the byte 0
+        saved.add_special_tokens([AddedToken("<|endoftext|>", normalized=False)])
+        config |= dict.fromkeys(["bos_token", "eos_token"], "<|endoftext|>")
+    saved.save(os.path.join(folder, "tokenizer.json"))
+    with open(os.path.join(folder, "tokenizer_config.json"), "w") as file:
+        json.dump(config, file, indent=1)
+    return True
 
 
 # ---- tokens --------------------------------------------------------------------------------------

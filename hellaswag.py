@@ -3,14 +3,16 @@ HellaSwag (Zellers et al. 2019, https://arxiv.org/abs/1905.07830): which of four
 short context?
 
     python hellaswag.py log/gpt2/model_19073.pt  # score a checkpoint of any train_<arch>.py
-    python hellaswag.py gpt2                     # score a Hugging Face model that has GPT-2's
-                                                 # vocabulary (124M: acc 0.2859, acc_norm 0.2955)
+    python hellaswag.py gpt2                     # score a Hugging Face model with its own
+                                                 # tokenizer (124M: acc 0.2859, acc_norm 0.2955)
     python hellaswag.py gpt2 --style=lm-eval     # score it as published tables do
 
 There are two styles. In "completion", as in build-nanogpt's hellaswag.py, the model reads the
 context, a space and an ending, and picks the ending with the lowest summed loss (acc) or the lowest
 loss per token (acc_norm). In "lm-eval", as in EleutherAI's lm-evaluation-harness, the activity
-comes first, WikiHow's markers are removed, and acc_norm is the lowest loss per character.
+comes first, WikiHow's markers are removed, and acc_norm is the lowest loss per character. Between
+models with different tokenizers compare acc, or acc_norm in the style "lm-eval": a loss per token
+depends on the tokens.
 """
 import hashlib
 import http.client
@@ -33,7 +35,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import configure_compiler, default_device, default_dtype, init_world
-from fineweb import Parser, explain, fail, get_tokenizer, one_line_errors, replacing
+from fineweb import Parser, describe, explain, fail, get_tokenizer, one_line_errors, replacing
 from run import load_model, read_checkpoint
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
@@ -106,30 +108,36 @@ class Row(NamedTuple):
     characters: int = 0  # number of characters of the ending, if acc_norm divides by them
 
 
+def encode_pairs(encode, context, endings):
+    """Return a list of (ids of context and ending, how many of them belong to the ending).
+
+    As in lm-evaluation-harness (TemplateLM._encode_pair) both are tokenised together, since some
+    tokenizers put something in front of every text, a space or <s>. A space at the end of the
+    context belongs to the ending."""
+    n_context = len(encode(context.rstrip()))
+    pairs = [encode(context + ending) for ending in endings]
+    return [(ids, len(ids) - n_context) for ids in pairs]
+
+
 def render(item, encode):
-    """Return the four rows of an item in the style "completion". The ending is tokenised by itself
-    and starts with a space, as GPT-2's vocabulary spells a word within a text."""
-    context = encode(item["ctx"])
-    endings = [encode(" " + ending) for ending in item["endings"]]
-    return [Row(context + ending, len(ending)) for ending in endings]
+    """Return the four rows of an item in the style "completion". With bytes, and with GPT-2's
+    vocabulary, a space and an ending have the same ids here as by themselves."""
+    endings = [" " + ending for ending in item["endings"]]
+    return [Row(*pair) for pair in encode_pairs(encode, item["ctx"], endings)]
 
 
 def render_lm_eval(item, encode):
     """Return the four rows of an item in the style "lm-eval" (lm-evaluation-harness:
-    tasks/hellaswag/utils.py; TemplateLM._encode_pair in api/model.py). Context and ending are
-    tokenised together; a space at the end of the context belongs to the ending."""
+    tasks/hellaswag/utils.py)."""
     def clean(text):
         text = text.strip().replace(" [title]", ". ")
         text = re.sub(r"\[.*?\]", "", text)  # WikiHow's [header], [step], ...
         return text.replace("  ", " ")
 
     context = clean(f"{item['activity_label']}: {item['ctx_a']} {item['ctx_b'].capitalize()}")
-    n_context = len(encode(context.rstrip()))
-    rows = []
-    for ending in map(clean, item["endings"]):
-        ids = encode(f"{context} {ending}")
-        rows.append(Row(ids, len(ids) - n_context, len(ending)))
-    return rows
+    endings = [clean(ending) for ending in item["endings"]]
+    pairs = encode_pairs(encode, context, [" " + ending for ending in endings])
+    return [Row(*pair, len(ending)) for pair, ending in zip(pairs, endings)]
 
 
 class Style(NamedTuple):
@@ -159,7 +167,8 @@ class HellaSwag:
         rows = []  # row 4 i + j is ending j of item i
         for item in items:
             for ids, n_ending, characters in STYLES[style].render(item, tokenizer.encode_ordinary):
-                rows.append(Row(ids[-block_size:], min(n_ending, block_size - 1), characters))
+                ids = ids[-block_size:]  # its first token has nothing to be predicted from
+                rows.append(Row(ids, min(n_ending, len(ids) - 1), characters))
         # what acc_norm divides the loss of each ending by: (items, 4)
         self.lengths = torch.tensor([row.characters or row.n_ending for row in rows]).view(-1, 4)
         multiple = 64 if compile else 8
@@ -238,41 +247,93 @@ def load_hellaswag(cfg, world, tokenizer):
 # ---- command line --------------------------------------------------------------------------------
 
 class HuggingFace(torch.nn.Module):
-    """A transformers model with the two methods that HellaSwag calls: hidden and lm_head."""
+    """A transformers model with the two methods that HellaSwag calls. `hidden` returns logits:
+    what lies between them and the output of base_model (a projection, a cap, a scale) differs."""
 
     def __init__(self, name):
         super().__init__()
         from transformers import AutoModelForCausalLM
-        self.model = AutoModelForCausalLM.from_pretrained(name)
-        self.lm_head = self.model.get_output_embeddings()
+        self.model, info = AutoModelForCausalLM.from_pretrained(
+            name, output_loading_info=True, ignore_mismatched_sizes=True)
+        if wrong := [*info["missing_keys"], *info["mismatched_keys"]]:
+            raise ValueError(f"weights are missing or of another shape: {wrong}")
+        self.lm_head = torch.nn.Identity()
 
     def hidden(self, idx):
-        return self.model.base_model(idx).last_hidden_state
+        return self.model(idx, use_cache=False).logits
 
     def compile(self, **options):
-        self.model.base_model.compile(**options)
+        self.model.compile(**options)
+
+
+class HuggingFaceTokenizer:
+    """The tokenizer of a transformers model, with the method that HellaSwag calls.
+
+    As in lm-evaluation-harness a text starts with the special tokens that the tokenizer puts there,
+    such as <s>. None is put behind it, and none is read from the text."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        plain, full = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a")
+        starts = (i for i in range(len(full)) if full[i:i + len(plain)] == plain)
+        self.start = full[:next(starts, 0)]
+
+    def encode_ordinary(self, text):
+        return self.start + self.tokenizer.encode(
+            text, add_special_tokens=False, split_special_tokens=True)
+
+
+def load_hf_tokenizer(name, config):
+    """Return the tokenizer of a Hugging Face model: its own, or GPT-2's for a folder without one
+    that is GPT-2 by its class, its number of tokens and its last one. No size alone tells a
+    vocabulary."""
+    from transformers import AutoTokenizer
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as e:  # what is raised where files are missing depends on the class
+        reason = describe(e)
+    else:
+        vocab = tokenizer.get_vocab()
+        ordinary = [vocab[token] for token in set(vocab) - set(tokenizer.all_special_tokens)]
+        if ordinary and max(ordinary) >= config.vocab_size:
+            fail(f"{name}: the tokenizer has token {max(ordinary)}, but the model only "
+                 f"{config.vocab_size} tokens: put the model's own tokenizer there")
+        if ordinary:
+            return HuggingFaceTokenizer(tokenizer)
+        reason = "the files are missing"  # some classes raise nothing and have no tokens then
+    files = os.listdir(name) if os.path.isdir(name) else ["tokenizer.json"]
+    has_none = not any(file.startswith(("tokenizer", "vocab", "merges")) for file in files)
+    is_gpt2 = config.model_type == "gpt2" and config.vocab_size == 50257
+    if has_none and is_gpt2 and config.bos_token_id == config.eos_token_id == 50256:
+        return get_tokenizer(config.vocab_size)
+    fail(f"{name} has no tokenizer that can be read, and a size does not tell which it needs: put "
+         f"its tokenizer.json and tokenizer_config.json there, or export it anew ({reason})")
 
 
 def load_checkpoint_model(path):
-    """Return (model, vocab_size, block_size) of a checkpoint of one of our scripts."""
+    """Return (model, tokenizer, block_size) of a checkpoint of one of our scripts."""
     try:
         checkpoint = read_checkpoint(path)
         script = importlib.import_module(f"train_{checkpoint['arch']}")
     except (ImportError, ValueError) as e:
         fail(e)
     model = load_model(path, checkpoint, script.Config, script.Model)
-    return model, model.cfg.vocab_size, model.cfg.block_size
+    return model, get_tokenizer(model.cfg.vocab_size), model.cfg.block_size
 
 
 def load_hf_model(name):
-    """Return (model, vocab_size, block_size) of a Hugging Face model, a name or a folder."""
-    with explain(f"{name} is neither a checkpoint nor a Hugging Face model", ImportError, OSError,
-                 ValueError):
+    """Return (model, tokenizer, block_size) of a Hugging Face model, a name or a folder."""
+    with explain(f"{name} is neither a checkpoint nor a Hugging Face model", Exception):
+        import transformers
+        transformers.logging.set_verbosity_error()
         model = HuggingFace(name)
-    config = model.model.config
-    if config.vocab_size != 256 and not 50257 <= config.vocab_size <= 50304:  # 256: bytes
-        fail(f"{name} has {config.vocab_size} tokens: use a model with GPT-2's 50,257")
-    return model, config.vocab_size, config.max_position_embeddings
+    config = model.model.config.get_text_config()
+    lengths = [getattr(config, key, None) for key in (
+        "max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "n_ctx",
+        "seq_length")]
+    # a model without any of these has no limit, such as Mamba; lm-evaluation-harness takes 2048
+    block_size = next((length for length in lengths if length), 2048)
+    return model, load_hf_tokenizer(name, config), block_size
 
 
 @one_line_errors()
@@ -294,13 +355,12 @@ def main():
         parser.error("--hella_limit and --batch_size are at least 1")
     is_checkpoint = args.model.endswith(".pt") or os.path.isfile(args.model)
     load = load_checkpoint_model if is_checkpoint else load_hf_model
-    model, vocab_size, block_size = load(args.model)
+    model, tokenizer, block_size = load(args.model)
+    if tokenizer is None:
+        sys.exit(1)  # get_tokenizer has said why
     if block_size < 2:
         fail(f"{args.model} has a context of one token, which leaves no room for an ending")
     world = init_world(args.device, default_dtype(args.device), seed=0)
-    tokenizer = get_tokenizer(vocab_size)
-    if tokenizer is None:
-        sys.exit(1)  # get_tokenizer has said why
     file = args.hellaswag_file
     if file == FILE:
         with explain(f"cannot download {FILE} (put it here, or pass --hellaswag_file)", OSError):
@@ -310,7 +370,7 @@ def main():
     if args.compile:
         configure_compiler()
         model.compile(dynamic=False)
-    batch_tokens = args.batch_size * block_size
+    batch_tokens = args.batch_size * min(block_size, 1024)  # no item is longer than that
     scorer = HellaSwag(items, tokenizer, block_size, batch_tokens, world, args.compile, args.style)
     start = time.time()
     progress = partial(tqdm, desc="HellaSwag", unit="batch")

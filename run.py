@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from common import BENCH_WARMUP, generate, init_world, peak_flops
-from fineweb import explain, fail, get_tokenizer, lock_folder, replacing
+from fineweb import explain, fail, get_tokenizer, lock_folder, replacing, save_tokenizer
 
 PROMPT = "Hello, I'm a language model,"
 
@@ -467,28 +467,62 @@ def use_checkpoint(cfg, mode, arch, Config, Model, to_hf):
         fail(f"no checkpoint in {cfg.log_dir}: train first, or use --resume=FILE or --log_dir=DIR")
     model = load_model(path, checkpoint, Config, Model)
     if mode.export is not None:
-        export(model, mode.export, to_hf)
+        export(model, path, checkpoint, mode.export, to_hf)
         print(f"wrote {path}, step {checkpoint['step']}, to {mode.export}")
-    else:
-        device = init_world(cfg.device, cfg.dtype, cfg.seed).device
-        if tokenizer := get_tokenizer(model.cfg.vocab_size):
-            prompt = tokenizer.encode_ordinary(mode.sample)
-            print(generate(model.to(device), tokenizer, prompt, device, cfg.seed,
-                           mode.max_new_tokens, mode.temperature))
+        return
+    device = init_world(cfg.device, cfg.dtype, cfg.seed).device
+    tokenizer = get_tokenizer(model.cfg.vocab_size) or sys.exit(1)  # it has said why
+    prompt = tokenizer.encode_ordinary(mode.sample)
+    print(generate(model.to(device), tokenizer, prompt, device, cfg.seed, mode.max_new_tokens,
+                   mode.temperature))
 
 
-def export(model, folder, to_hf):
+def export(model, path, checkpoint, folder, to_hf):
     """Write a Hugging Face folder, or model.pth if to_hf returns a state dict."""
-    if os.path.exists(folder) and os.listdir(folder):
-        fail(f"--export={folder}: this folder is not empty")
-    with explain("--export needs transformers (pip install transformers)", ImportError):
-        exported = to_hf(model)
+    if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
+        fail(f"--export={folder} is not empty, or not a folder: choose a new name")
+    with explain("--export needs transformers 5 (pip install transformers)", Exception):
+        exported = to_hf(model)  # what an old version lacks shows in errors of many types
     try:
+        os.makedirs(folder, exist_ok=True)
         if isinstance(exported, dict):
-            os.makedirs(folder, exist_ok=True)
             torch.save(exported, os.path.join(folder, "model.pth"))
         else:
             exported.save_pretrained(folder)
+            save_tokenizer(folder, model.cfg.vocab_size, model.cfg.block_size)
+            with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as file:
+                file.write(model_card(model, path, checkpoint, type(exported).__name__))
     except Exception as e:  # torch.save and safetensors each wrap the OSError of a full disk
         shutil.rmtree(folder, ignore_errors=True)
         fail(f"cannot write {folder}: {e}")
+
+
+def model_card(model, path, checkpoint, class_name):
+    """Return a README.md with what is known of the checkpoint: its scores, if its step was
+    evaluated, stand in log.txt and hella_*.npy beside it."""
+    cfg, step = model.cfg, checkpoint["step"]
+    data = os.path.basename(os.path.abspath(cfg.data_dir))
+    text = f"""---
+library_name: transformers
+pipeline_tag: text-generation
+---
+- {class_name} with {model.num_params()['total']:,} parameters
+- trained with train_{checkpoint['arch']}.py of NanoTitan: {step:,} steps, \
+{step * cfg.total_batch_size:,} tokens of {data}
+"""
+    log, hella = (os.path.join(os.path.dirname(path), f) for f in ("log.txt", f"hella_{step}.npy"))
+    if os.path.exists(log):
+        with open(log, errors="replace") as file:
+            for val in re.findall(rf"^{step} val (\S+)$", file.read(), re.M):
+                text += f"- validation loss {val}\n"
+    if os.path.exists(hella):
+        right = np.load(hella)
+        error = right.std() / math.sqrt(len(right))
+        text += f"- HellaSwag, acc_norm: {right.mean():.4f} +- {error:.4f}, {len(right)} items\n"
+    return text + f"""
+```python
+from transformers import pipeline  # FOLDER is where this file lies
+generate = pipeline("text-generation", "FOLDER")
+print(generate("{PROMPT}")[0]["generated_text"])
+```
+"""

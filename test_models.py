@@ -1636,3 +1636,97 @@ def test_gpt2_starts_from_published_weights(monkeypatch, capsys):
     os.mkdir("empty")
     options = ["--tiny", "--total_batch_size=1024", "--batch_size=1", "--init_from=empty"]
     bad(capsys, lambda: train("gpt2", monkeypatch, *options), "--init_from=empty")
+
+
+def published_gpt2(**settings):
+    """Write a GPT-2 of transformers with random weights to the folder "published"."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+    torch.manual_seed(0)
+    shape = dict(vocab_size=300, n_positions=48, n_embd=32, n_layer=3, n_head=2, bos_token_id=0, eos_token_id=0)
+    GPT2LMHeadModel(GPT2Config(**{**shape, **settings})).save_pretrained("published")
+
+
+def edit_config(**settings):
+    """Change settings in the config.json of the folder "published"."""
+    with open("published/config.json") as f:
+        config = json.load(f)
+    with open("published/config.json", "w") as f:
+        json.dump({**config, **settings}, f)
+
+
+@pytest.mark.parametrize("setting, value", [
+    ("activation_function", "gelu"),
+    ("activation_function", "relu"),
+    ("layer_norm_epsilon", 1e-6),
+    ("scale_attn_weights", False),
+    ("scale_attn_by_inverse_layer_idx", True),
+    ("reorder_and_upcast_attn", True),
+    ("tie_word_embeddings", False),
+    ("n_inner", 96),
+    ("add_cross_attention", True),
+    ("n_ctx", 24),
+    ("pruned_heads", {"0": [1]}),
+    ("quantization_config", {"quant_method": "bitsandbytes"}),
+    ("rotary_of_the_future", True),
+])
+def test_init_from_refuses_what_gpt2_here_lacks(setting, value, monkeypatch, capsys):
+    published_gpt2()
+    edit_config(**{setting: value})
+    words = "--init_from=published", f"{setting}={value!r}"
+    bad(capsys, lambda: train("gpt2", monkeypatch, "--init_from=published"), *words)
+
+
+def test_init_from_refuses_other_classes_and_says_all(monkeypatch, capsys):
+    published_gpt2(n_inner=96, activation_function="gelu")
+    bad(capsys, lambda: train("gpt2", monkeypatch, "--init_from=published"), "n_inner=96", "activation_function='gelu'")
+    SCRIPTS["llama"].to_hf(small_model("llama")).save_pretrained("llama")
+    bad(capsys, lambda: train("gpt2", monkeypatch, "--init_from=llama"), "--init_from=llama", "type llama")
+    with open("published/config.json", "w") as f:
+        f.write("{")
+    bad(capsys, lambda: train("gpt2", monkeypatch, "--init_from=published"), "--init_from=published")
+
+
+def test_init_from_takes_what_changes_no_logits():
+    """What the published files of GPT-2 hold beside its shape; a width of the MLP that is the usual one."""
+    from transformers import GPT2LMHeadModel
+    published_gpt2(attn_pdrop=0.1, n_inner=4 * 32)
+    edit_config(n_ctx=48, n_special=0, predict_special_tokens=True, output_past=True, pad_token_id=0, do_sample=True,
+                max_length=50, torch_dtype="float32", _num_labels=1, id2label={"0": "LABEL_0"}, label2id={"LABEL_0": 0},
+                summary_type="cls_index", summary_first_dropout=0.1, initializer_range=0.01, pruned_heads={},
+                task_specific_params={"text-generation": {"do_sample": True, "max_length": 50}}, bos_token_id=7)
+    script = SCRIPTS["gpt2"]
+    model = script.Model(script.Config(init_from="published")).eval()
+    idx = tokens(2, 48, vocab=300)
+    reference = GPT2LMHeadModel.from_pretrained("published").eval()
+    torch.testing.assert_close(model(idx)[0], reference(idx).logits, atol=1e-4, rtol=0)
+    # an export is something to start from, too
+    script.to_hf(model).save_pretrained("again")
+    again = script.Model(script.Config(init_from="again")).eval()
+    torch.testing.assert_close(again(idx)[0], model(idx)[0], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("change, word", [
+    (lambda weights: weights.pop("transformer.ln_f.bias"), "transformer.ln_f.bias"),
+    (lambda weights: weights.update({"transformer.h.0.attn.q_norm.weight": torch.ones(16)}), "q_norm"),
+    (lambda weights: weights.update({"transformer.h.3.ln_1.weight": torch.ones(32)}), "h.3.ln_1"),
+    (lambda weights: weights.update({"transformer.wpe.weight": torch.ones(40, 32)}), "wpe"),
+    (lambda weights: weights.update({"lm_head.weight": torch.ones(300, 32)}), "lm_head"),
+    (lambda weights: weights.update({"transformer.h.0.attn.masked_bias": torch.tensor(-1e4)}), None),
+    (lambda weights: weights.update({"lm_head.weight": weights["transformer.wte.weight"].clone()}), None),
+])
+def test_init_from_reads_all_weights_or_none(change, word, capsys):
+    from safetensors.torch import load_file, save_file
+    published_gpt2()
+    weights = load_file("published/model.safetensors")
+    wte = weights["transformer.wte.weight"].clone()
+    change(weights)
+    save_file(weights, "published/model.safetensors", {"format": "pt"})
+    script = SCRIPTS["gpt2"]
+
+    def load():
+        return script.Model(script.Config(init_from="published"))
+
+    if word:
+        bad(capsys, load, "--init_from=published", word)
+    else:  # what old files hold
+        assert torch.equal(load().lm_head.weight, wte)

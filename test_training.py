@@ -12,7 +12,9 @@ EleutherAI's lm-evaluation-harness, torch's own cosine schedule, transformers fo
 nothing has interrupted, split or compiled: its log must be the same.
 
 HELLASWAG_FILE may name the HellaSwag file, and TIKTOKEN_CACHE_DIR a folder with GPT-2's BPE. Tests that need either are
-skipped where it is neither there nor to be downloaded; the comparison with the harness is skipped without lm_eval.
+skipped where it is neither there nor to be downloaded; the comparisons with the harness are skipped without lm_eval.
+OLD_TRANSFORMERS may name a folder with transformers 4, which then reads the exports, too: pip install --target FOLDER
+--no-deps transformers==4.57.1 huggingface_hub==0.36.0 tokenizers==0.22.1
 """
 import contextlib
 import glob
@@ -282,6 +284,8 @@ def test_hellaswag_items_longer_than_the_context_lose_its_start():
     cut = [{**item, "ctx": item["ctx"][-14:]} for item in items]  # 14 + space + 9 = 24
     assert (score(items) == one_at_a_time(model, cut, fineweb.Bytes().encode_ordinary)).all()
     score([{**items[0], "ctx": "a", "endings": [word(n) for n in (1, 23, 24, 60)]}])
+    blank = [{**item, "ctx": " "} for item in items]  # the first token has nothing that it follows
+    assert (score(blank) == one_at_a_time(model, blank, fineweb.Bytes().encode_ordinary)).all()
 
 
 @pytest.mark.parametrize("line, word", [
@@ -596,7 +600,7 @@ def test_ctrl_c_answers_at_once(monkeypatch, capfd):
 
 def test_one_writer_per_run(monkeypatch, capsys):
     """The second of two runs in a folder ends at once and names the first; after kill -9 there is nothing to clean."""
-    command = [sys.executable, os.path.join(ROOT, "train_gpt2.py"), *LONG, "--resume=auto"]
+    command = [sys.executable, os.path.join(ROOT, "train_gpt2.py"), *LONG, "--checkpoint_interval=5"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith("step    10/"):
@@ -998,6 +1002,306 @@ def test_lm_eval_style_equals_the_harness(gpt2_bpe, hellaswag_path):
     other = scorer("completion")  # the other style is another task
     assert ((other.losses(model) - expected).abs() > 0.02).float().mean() > 0.9
 
+
+# ---- exports, and models of others -----------------------------------------------------------------------------------
+
+def score(monkeypatch, capsys, *options):
+    """Run hellaswag.py in this process and return the lines with the two scores."""
+    monkeypatch.setattr(sys, "argv", ["hellaswag.py", *options])
+    capsys.readouterr()
+    hellaswag.main()
+    return capsys.readouterr().out.splitlines()[:2]
+
+
+AWKWARD_TEXTS = [
+    "They're sure it isn't HE'S; we'll  see ''s, 's and $'ll.\n\n  indented\t\ttabs   \r\n trailing  ",
+    "naïve cafe\u0301 Ā ĀĀ 日本語 👩‍👩‍👧 12345 ½ ²\u00a0\u2003x \x00\x1f\x7f\ufeff",
+    "".join(map(chr, [*range(0xd7ff), *range(0x1f300, 0x1f700)])),
+    " ", "",
+]
+
+
+@pytest.mark.parametrize("vocab_size", [256, 50257, 50304])
+def test_an_exported_tokenizer_gives_the_ids_of_training(vocab_size, gpt2_bpe, hellaswag_items):
+    """transformers has a class of its own for GPT-2's vocabulary; other programs read tokenizer.json alone."""
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer
+    assert fineweb.save_tokenizer(".", vocab_size, 100_000)
+    theirs = AutoTokenizer.from_pretrained(".")
+    alone = Tokenizer.from_file("tokenizer.json")
+    ours = fineweb.get_tokenizer(vocab_size)
+    for text in [*AWKWARD_TEXTS, *(item["ctx"] for item in hellaswag_items[:300])]:
+        ids = ours.encode_ordinary(text)
+        assert theirs.encode(text) == alone.encode(text).ids == ids
+        assert theirs.decode(ids) == alone.decode(ids) == text
+    # <|endoftext|> is GPT-2's last token; bytes spell it out
+    ids = [64, 50256, 65] if vocab_size > 256 else list(b"a<|endoftext|>b")
+    assert theirs.encode("a<|endoftext|>b") == alone.encode("a<|endoftext|>b").ids == ids
+    assert theirs.eos_token_id == (50256 if vocab_size > 256 else None)
+    assert len(theirs) == min(vocab_size, 50257)
+
+
+OLD_NAMES = {  # settings under the names that vLLM, SGLang and llama.cpp's converter ask for
+    "gpt2": dict(n_ctx=64),
+    "llama": dict(rope_theta=1234.0, head_dim=16),
+    "mistral": dict(rope_theta=1234.0, head_dim=16, sliding_window=16),
+    "phi": dict(rope_theta=1234.0, partial_rotary_factor=0.75, original_max_position_embeddings=64),
+    "gemma": dict(rope_theta=1234.0, rope_local_base_freq=77.0, head_dim=32, sliding_window=16,
+                  sliding_window_pattern=2),
+    "deepseek": dict(rope_theta=1234.0, qk_rope_head_dim=8, topk_method="noaux_tc", scoring_func="sigmoid",
+                     moe_layer_freq=1, rope_interleave=True, num_nextn_predict_layers=0),
+}
+
+
+@each_transformer
+def test_an_export_has_the_names_of_other_readers(arch):
+    model = small_model(arch, vocab_size=256, rope_theta=1234.0, rope_theta_local=77.0)
+    SCRIPTS[arch].to_hf(model).save_pretrained("exported")
+    with open("exported/config.json") as f:
+        config = json.load(f)
+    assert {name: config.get(name) for name in OLD_NAMES[arch]} == OLD_NAMES[arch]
+    assert config.get("rope_scaling") is None
+    assert config["eos_token_id"] == 0
+
+
+@each_transformer
+def test_transformers_4_reads_an_export(arch, gpt2_bpe):
+    """The logits are those of the script, and the tokens those of training, with bases of the rotation that are not the
+    defaults. DeepSeek's multi-token prediction, which no release before transformers 5 has, is not part of the
+    export."""
+    folder = os.environ.get("OLD_TRANSFORMERS")
+    if not folder:
+        pytest.skip("OLD_TRANSFORMERS=FOLDER, after pip install --target FOLDER --no-deps transformers==4.57.1 "
+                    "huggingface_hub==0.36.0 tokenizers==0.22.1")
+    # five layers, so that Gemma has both kinds in its pattern and DeepSeek experts
+    model = small_model(arch, n_layer=5, vocab_size=50304, rope_theta=1234.0, rope_theta_local=77.0, norm_eps=1e-3)
+    SCRIPTS[arch].to_hf(model).save_pretrained("exported")
+    fineweb.save_tokenizer("exported", 50304, 64)
+    idx = tokens(2, 64, vocab=50304)
+    torch.save(idx, "idx.pt")
+    code = ("import torch, transformers\n"
+            "model = transformers.AutoModelForCausalLM.from_pretrained('exported').eval()\n"
+            "with torch.no_grad(): logits = model(torch.load('idx.pt')).logits\n"
+            "torch.save(logits, 'logits.pt')\n"
+            "tokenizer = transformers.AutoTokenizer.from_pretrained('exported')\n"
+            "print(transformers.__version__, tokenizer.encode(\"I'm  here\"))")
+    result = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": folder},
+                            capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f"4.57.1 {gpt2_bpe.encode_ordinary('I' + chr(39) + 'm  here')}\n"
+    logits, _ = model(idx)
+    torch.testing.assert_close(torch.load("logits.pt"), logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "llama"])
+def test_an_export_is_complete(arch, monkeypatch, capsys, hellaswag_items):
+    """Without a network it continues text and is scored; its card says what the log says."""
+    from transformers import pipeline
+    write_jsonl("h.jsonl", hellaswag_items[:12])
+    train(arch, monkeypatch, *QUICK, "--hella_limit=12", "--hellaswag_file=h.jsonl", "--block_size=64")
+    folder = f"log/{arch}-tiny"
+    train(arch, monkeypatch, *QUICK, "--export=exported")
+    with open("exported/README.md") as f:
+        card = f.read()
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert f"{trained_model(arch).num_params()['total']:,} parameters" in card
+    assert "8 steps, 4,096 tokens of tiny_data\n" in card
+    assert f"validation loss {stream_of('val', folder)[-1]:.4f}\n" in card
+    p = stream_of("hella", folder)[-1]
+    p = round(12 * p) / 12  # the log has four digits of it
+    assert f"{p:.4f} +- {(p * (1 - p) / 12) ** 0.5:.4f}, 12 items\n" in card
+    text = pipeline("text-generation", "exported")("Hello", max_new_tokens=5)[0]["generated_text"]
+    assert text.startswith("Hello")
+    options = "--hellaswag_file=h.jsonl", "--device=cpu"
+    expected = score(monkeypatch, capsys, f"{folder}/model_00008.pt", *options)
+    assert score(monkeypatch, capsys, "exported", *options) == expected
+    # of a step that was not evaluated, and without a log, nothing is claimed
+    for name in "model_00002.pt", "model_00008.pt":
+        os.makedirs("alone", exist_ok=True)
+        shutil.copy(f"{folder}/{name}", "alone")
+    for number, path in enumerate([f"{folder}/model_00002.pt", "alone/model_00008.pt"]):
+        train(arch, monkeypatch, *QUICK, f"--resume={path}", f"--export=e{number}")
+        with open(f"e{number}/README.md") as f:
+            card = f.read()
+        assert "tokens of tiny_data" in card
+        assert "validation" not in card
+        assert "HellaSwag" not in card
+
+
+def test_an_export_that_fails_is_one_line(monkeypatch, capsys):
+    train("gpt2", monkeypatch, *QUICK)
+
+    def export(path="exported"):
+        train("gpt2", monkeypatch, *QUICK, f"--export={path}")
+
+    overwrite("file", b"mine")
+    bad(capsys, lambda: export("file"), "file", "not a folder")
+    bad(capsys, lambda: export("file/exported"), "cannot write file/exported")
+    bad(capsys, lambda: export("/proc/exported"), "cannot write /proc/exported")
+    with open("file") as f:
+        assert f.read() == "mine"
+    errors = [ImportError("cannot import name 'GPT2LMHeadModel'"), TypeError("unexpected keyword argument 'n_ctx'"),
+              AttributeError("no such class"), KeyError("gpt2"), RuntimeError("Missing key(s)\nin state_dict")]
+    for error in errors:
+        def to_hf(model, error=error):
+            raise error
+        monkeypatch.setattr(SCRIPTS["gpt2"], "to_hf", to_hf)
+        bad(capsys, export, "pip install transformers", str(error).split("\n")[0])
+        assert not os.path.exists("exported")
+
+
+def own_tokenizer(folder, kind):
+    """Write a tokenizer of few tokens: as GPT-NeoX's, as OPT's with </s> in front, or as LLaMA's sentencepiece with
+    <s> and a space in front."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+    start = {"neox": "<|endoftext|>", "opt": "</s>", "llama": "<s>"}[kind]
+    tokenizer = Tokenizer(models.BPE(unk_token=start))
+    if kind == "llama":
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+        tokenizer.decoder = decoders.Metaspace()
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=[start], show_progress=False)
+    tokenizer.train_from_iterator([" ".join(AWKWARD_TEXTS[:1] + [item["ctx"] for item in OTHERS])], trainer)
+    if kind != "neox":
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{start} $A", special_tokens=[(start, 0)])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=start, eos_token=start).save_pretrained(folder)
+
+
+OTHERS = [{"ctx": f"A person, number {i}, isn't in a boat and", "activity_label": "Boating", "ctx_a": f"Number {i}.",
+           "ctx_b": "he rows", "endings": ["rows it.", "'s eating clouds...", "sings to it, quietly.", "is"],
+           "label": i % 4} for i in range(12)]
+SMALL_OTHER = dict(vocab_size=512, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+                   max_position_embeddings=128, initializer_range=0.5)
+OTHER_MODELS = [  # class without its ending, tokenizer, settings
+    ("GPTNeoX", "neox", {}),
+    ("OPT", "opt", dict(ffn_dim=64, word_embed_proj_dim=16, init_std=0.5)),
+    ("Llama", "llama", {}),
+    ("Gemma2", "llama", dict(head_dim=16, num_key_value_heads=1, final_logit_softcapping=2.0)),
+    ("Cohere", "neox", dict(logit_scale=0.3)),
+    ("Granite", "neox", dict(logits_scaling=3.0)),
+    ("Bloom", "neox", dict(n_layer=2, n_head=2, max_position_embeddings=None)),  # it has no positions that run out
+]
+
+
+def other_model(name, **settings):
+    """Write a model of transformers with random weights to the folder "other"."""
+    import transformers
+    torch.manual_seed(0)
+    settings = {key: value for key, value in {**SMALL_OTHER, **settings}.items() if value is not None}
+    config = getattr(transformers, f"{name}Config")(**settings)
+    getattr(transformers, f"{name}ForCausalLM")(config).save_pretrained("other")
+
+
+@pytest.mark.parametrize("style", ["completion", "lm-eval"])
+@pytest.mark.parametrize("name, kind, settings", OTHER_MODELS, ids=[name for name, _, _ in OTHER_MODELS])
+def test_other_models_are_scored_as_the_harness_does(name, kind, settings, style):
+    """A model comes with its own tokenizer, and all that it does to its logits counts."""
+    pytest.importorskip("lm_eval")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+    other_model(name, **settings)
+    own_tokenizer("other", kind)
+    model, tokenizer, block_size = hellaswag.load_hf_model("other")
+    assert block_size == (2048 if name == "Bloom" else 128)
+    scorer = hellaswag.HellaSwag(OTHERS, tokenizer, block_size, 512, cpu_world(), style=style)
+    requests = []
+    for item in OTHERS:
+        context = item["ctx"] if style == "completion" else f"Boating: {item['ctx_a']} He rows"
+        requests += [Instance("loglikelihood", {}, (context, " " + ending), 0) for ending in item["endings"]]
+    theirs = HFLM("other", batch_size=8, device="cpu").loglikelihood(requests, disable_tqdm=True)
+    expected = -torch.tensor([likelihood for likelihood, _ in theirs]).view(-1, 4)
+    assert expected.std() > 1
+    torch.testing.assert_close(scorer.losses(model.eval()), expected, atol=2e-3, rtol=0)
+    if style == "completion":
+        assert len(scorer.lengths.unique()) > 2
+
+
+REFUSED_MODELS = [  # class without its ending, settings, words
+    ("GPTNeoX", dict(vocab_size=50304), "tokenizer.json"),
+    ("OPT", dict(vocab_size=50272, ffn_dim=64, word_embed_proj_dim=32), "tokenizer.json"),
+    ("Llama", dict(vocab_size=50257, bos_token_id=50256, eos_token_id=50256), "tokenizer.json"),
+    ("Llama", dict(vocab_size=256), "tokenizer.json"),
+    ("GPT2", dict(vocab_size=256, bos_token_id=0, eos_token_id=0), "tokenizer.json"),
+    ("GPT2", dict(vocab_size=50304), "tokenizer.json"),
+    ("GPT2", dict(vocab_size=50257, bos_token_id=0, eos_token_id=2), "tokenizer.json"),
+]
+
+
+@pytest.mark.parametrize("name, settings, word", REFUSED_MODELS)
+def test_a_number_of_tokens_names_no_tokenizer(name, settings, word, monkeypatch, capsys):
+    import transformers
+    monkeypatch.setattr(transformers, "GPT2ForCausalLM", transformers.GPT2LMHeadModel, raising=False)
+    write_jsonl("h.jsonl", OTHERS)
+    other_model(name, **settings)
+    options = "other", "--hellaswag_file=h.jsonl", "--device=cpu"
+    bad(capsys, lambda: score(monkeypatch, capsys, *options), "other has no tokenizer", word)
+
+
+def test_gpt2_needs_no_tokenizer_of_its_own(monkeypatch, capsys, gpt2_bpe):
+    import transformers
+    monkeypatch.setattr(transformers, "GPT2ForCausalLM", transformers.GPT2LMHeadModel, raising=False)
+    write_jsonl("h.jsonl", OTHERS)
+    other_model("GPT2", vocab_size=50257)
+    options = "other", "--hellaswag_file=h.jsonl", "--device=cpu"
+    expected = score(monkeypatch, capsys, *options)
+    assert "/12)" in expected[0]
+    fineweb.save_tokenizer("other", 50257, 128)
+    assert score(monkeypatch, capsys, *options) == expected
+    overwrite("other/tokenizer.json", b"of another vocabulary, and damaged")
+    bad(capsys, lambda: score(monkeypatch, capsys, *options), "other has no tokenizer that can be read")
+
+
+def test_a_model_without_all_its_weights_is_refused(monkeypatch, capsys):
+    from safetensors.torch import load_file, save_file
+    write_jsonl("h.jsonl", OTHERS)
+    other_model("Llama")
+    own_tokenizer("other", "llama")
+    options = "other", "--hellaswag_file=h.jsonl", "--device=cpu"
+    assert score(monkeypatch, capsys, *options)
+    weights = load_file("other/model.safetensors")
+    head = weights.pop("lm_head.weight")
+    save_file(weights, "other/model.safetensors", {"format": "pt"})
+    bad(capsys, lambda: score(monkeypatch, capsys, *options), "other", "lm_head.weight")
+    save_file({**weights, "lm_head.weight": head[:100]}, "other/model.safetensors", {"format": "pt"})
+    bad(capsys, lambda: score(monkeypatch, capsys, *options), "other", "lm_head.weight")
+    overwrite("other/model.safetensors", b"damaged")
+    bad(capsys, lambda: score(monkeypatch, capsys, *options), "other")
+    # the tokenizer of another model
+    other_model("Llama", vocab_size=100)
+    bad(capsys, lambda: score(monkeypatch, capsys, *options), "other", "the model only 100 tokens")
+
+
+@pytest.mark.parametrize("vocab_size", [255, 257, 512, 8192, 50256])
+def test_only_256_tokens_are_bytes(vocab_size, monkeypatch, capsys):
+    """Another vocabulary trains without text, which is said once; what needs text is refused in a line."""
+    shards("data", vocab=250)
+    write_jsonl("h.jsonl", OTHERS)
+    options = [*QUICK, "--data_dir=data", f"--vocab_size={vocab_size}", "--hella_limit=4", "--hellaswag_file=h.jsonl",
+               "--sample_interval=4"]
+    train("gpt2", monkeypatch, *options)
+    out, err = capsys.readouterr()
+    assert err.count("\n") == 1
+    assert "no samples and no HellaSwag" in err
+    assert f"vocab_size={vocab_size}" in err
+    assert "sample:" not in out
+    assert len(stream_of("val", "log/gpt2-tiny")) == 3
+    assert len(stream_of("hella", "log/gpt2-tiny")) == 0
+    for call in (lambda: train("gpt2", monkeypatch, *options, "--sample=Hello"),
+                 lambda: score(monkeypatch, capsys, "log/gpt2-tiny/model_00008.pt", "--hellaswag_file=h.jsonl")):
+        with pytest.raises(SystemExit) as e:
+            call()
+        assert e.value.code == 1
+        assert capsys.readouterr().err.count("\n") == 1
+    train("gpt2", monkeypatch, *options, "--export=exported")
+    assert not os.path.exists("exported/tokenizer.json")
+    with open("exported/config.json") as f:
+        assert json.load(f).get("eos_token_id") is None
+
+
+# ---- the modes, and samples -----------------------------------------------------------------------------------------
 
 def test_bench_keeps_nothing(monkeypatch, capsys):
     monkeypatch.setitem(common.PEAK_FLOPS, "cpu", 1e12)

@@ -44,7 +44,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from common import (Optimizers, RunConfig, ShardLoader, accumulation_steps,
                     configure_compiler, cosine_lr, init_world, parse_args)
-from fineweb import get_tokenizer, one_line_errors
+from fineweb import end_of_text, get_tokenizer, one_line_errors
 from hellaswag import load_hellaswag
 from run import Run, check_memory, use_checkpoint
 
@@ -55,7 +55,7 @@ ARCH = "deepseek"
 class Config(RunConfig):
     # model
     block_size: int = 1024  # context length in tokens
-    vocab_size: int = 50304  # GPT-2's 50,257 and padding; below 50,257 a token is a byte
+    vocab_size: int = 50304  # GPT-2's 50,257 and padding, or 256: a token is a byte
     n_layer: int = 12  # number of blocks
     n_head: int = 12  # number of attention heads
     n_embd: int = 768  # width of the residual stream
@@ -542,8 +542,8 @@ def to_hf(model):
     """Return the same weights as a transformers DeepseekV3ForCausalLM, which has no mtp."""
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
     cfg = model.cfg
-    eot = 50256 if cfg.vocab_size > 50256 else 0
-    hf = DeepseekV3ForCausalLM(DeepseekV3Config(
+    eot = end_of_text(cfg.vocab_size)
+    config = DeepseekV3Config(
         vocab_size=cfg.vocab_size, max_position_embeddings=cfg.block_size, hidden_size=cfg.n_embd,
         intermediate_size=cfg.ffn_dim, moe_intermediate_size=cfg.moe_ffn_dim,
         num_hidden_layers=cfg.n_layer, num_attention_heads=cfg.n_head,
@@ -555,7 +555,11 @@ def to_hf(model):
         qk_rope_head_dim=cfg.qk_rope_head_dim, v_head_dim=cfg.v_head_dim, rms_norm_eps=1e-6,
         initializer_range=cfg.init_std, tie_word_embeddings=True, rope_interleave=True,
         rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_theta}, num_mtp_layers=0,
-        bos_token_id=eot, eos_token_id=eot, pad_token_id=None))
+        bos_token_id=eot, eos_token_id=eot, pad_token_id=None)
+    # where transformers 4, vLLM and llama.cpp look for it; and what only vLLM and SGLang ask for
+    config.rope_theta = cfg.rope_theta
+    config.topk_method, config.scoring_func, config.moe_layer_freq = "noaux_tc", "sigmoid", 1
+    hf = DeepseekV3ForCausalLM(config)
     ours_alone = "mtp.", "updates"
     hf.load_state_dict({name: tensor for name, tensor in model.state_dict().items()
                         if not name.startswith(ours_alone)})

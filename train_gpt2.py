@@ -36,7 +36,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from common import (Optimizers, RunConfig, ShardLoader, accumulation_steps,
                     configure_compiler, cosine_lr, init_world, parse_args)
-from fineweb import explain, get_tokenizer, one_line_errors
+from fineweb import end_of_text, explain, get_tokenizer, one_line_errors
 from hellaswag import load_hellaswag
 from run import Run, check_memory, use_checkpoint
 
@@ -47,7 +47,7 @@ ARCH = "gpt2"
 class Config(RunConfig):
     # model
     block_size: int = 1024  # context length in tokens
-    vocab_size: int = 50304  # GPT-2's 50,257 and padding; below 50,257 a token is a byte
+    vocab_size: int = 50304  # GPT-2's 50,257 and padding, or 256: a token is a byte
     n_layer: int = 12  # number of blocks
     n_head: int = 12  # number of attention heads
     n_embd: int = 768  # width of the residual stream
@@ -138,8 +138,7 @@ class Model(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
         if cfg.init_from:
-            hf = published("GPT2LMHeadModel", cfg.init_from)
-            self.load_state_dict(transpose_conv1d(hf.state_dict()))
+            self.load_state_dict(transpose_conv1d(published_weights(cfg.init_from)))
 
     def hidden(self, idx):
         """Return what lm_head turns into logits: idx int64 (B, T) -> (B, T, C)."""
@@ -210,17 +209,61 @@ def with_published_shape(cfg):
     """Return cfg with the shape of the model that --init_from names, without padded vocabulary."""
     if not cfg.init_from:
         return cfg
-    hf = published("GPT2Config", cfg.init_from)
-    with explain(f"--init_from={cfg.init_from}", ValueError):
-        return replace(cfg, block_size=hf.n_positions, vocab_size=hf.vocab_size,
-                       n_layer=hf.n_layer, n_head=hf.n_head, n_embd=hf.n_embd)
+    with explain(f"--init_from={cfg.init_from}", Exception):  # of many types, as is to_hf's
+        from transformers import AutoConfig
+        hf = AutoConfig.from_pretrained(cfg.init_from)
+        if hf.model_type != "gpt2":
+            raise ValueError(f"a model of type {hf.model_type}, not gpt2")
+        cfg = replace(cfg, block_size=hf.n_positions, vocab_size=hf.vocab_size,
+                      n_layer=hf.n_layer, n_head=hf.n_head, n_embd=hf.n_embd)
+        if unknown := unknown_settings(hf, hf_config(cfg)):
+            raise ValueError(f"train_gpt2.py has no {', '.join(unknown)}")
+    return cfg
 
 
-def published(kind, name):
-    """Return the GPT2Config or GPT2LMHeadModel of a Hugging Face name or folder."""
-    with explain(f"--init_from={name}", ImportError, OSError):
+def unknown_settings(hf, ours):
+    """Return the settings in which a published GPT2Config computes something else than ours, as
+    text. All settings that differ count, but for those known to change no logits: so a setting that
+    is yet to be invented counts, too."""
+    from transformers import GenerationConfig
+    # names and file formats; heads of other classes; how to generate; the initialisation, which the
+    # weights replace; dropout, which this script lacks
+    harmless = {"_name_or_path", "architectures", "dtype", "torch_dtype", "torchscript",
+                "gradient_checkpointing", "keys_to_ignore_at_inference", "output_past", "prefix",
+                "is_decoder", "n_special", "predict_special_tokens", "sep_token_id",
+                "tokenizer_class",
+                "id2label", "label2id", "_num_labels", "num_labels", "problem_type",
+                "finetuning_task", "task_specific_params", "summary_type", "summary_use_proj",
+                "summary_activation", "summary_proj_to_labels", "summary_first_dropout",
+                *GenerationConfig().to_dict(), "initializer_range",
+                "attn_pdrop", "embd_pdrop", "resid_pdrop"}
+    # what old versions of transformers wrote into every config.json
+    old = {"pruned_heads": {}, "use_bfloat16": False,
+           "is_encoder_decoder": False, "chunk_size_feed_forward": 0}
+    theirs, ours = hf.to_dict(), old | ours.to_dict()
+    if hf.n_inner == 4 * hf.n_embd:
+        theirs["n_inner"] = None  # which means the same
+    return [f"{name}={value!r}" for name, value in theirs.items()
+            if name not in harmless and (name not in ours or value != ours[name])]
+
+
+def published_weights(name):
+    """Return the state dict of a published GPT2LMHeadModel, in Hugging Face's form."""
+    with explain(f"--init_from={name}", Exception):
         import transformers
-        return getattr(transformers, kind).from_pretrained(name)
+        transformers.logging.set_verbosity_error()  # what it would warn of is an error here
+        hf, info = transformers.GPT2LMHeadModel.from_pretrained(
+            name, output_loading_info=True, ignore_mismatched_sizes=True)
+        for kind in "missing_keys", "unexpected_keys", "mismatched_keys":
+            keys = [key if isinstance(key, str) else key[0] for key in info[kind]]
+            # an old file also holds the mask and the value that it stood for
+            keys = [key for key in keys if not key.endswith((".attn.bias", ".attn.masked_bias"))]
+            if keys:
+                raise ValueError(f"{kind.replace('_', ' ')}: {', '.join(sorted(keys))}")
+        state_dict = hf.state_dict()
+        if not torch.equal(state_dict["lm_head.weight"], state_dict["transformer.wte.weight"]):
+            raise ValueError("lm_head.weight is not the embedding, wte.weight, as in GPT-2")
+    return state_dict
 
 
 def transpose_conv1d(state_dict):
@@ -230,15 +273,20 @@ def transpose_conv1d(state_dict):
     return {k: v.t() if k.endswith(names) else v for k, v in state_dict.items()}
 
 
-def to_hf(model):
-    """Return the same weights as a transformers GPT2LMHeadModel."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-    cfg = model.cfg
-    eot = 50256 if cfg.vocab_size > 50256 else 0
-    hf = GPT2LMHeadModel(GPT2Config(
+def hf_config(cfg):
+    """Return the GPT2Config of a transformers model of the same shape."""
+    from transformers import GPT2Config
+    eot = end_of_text(cfg.vocab_size)
+    return GPT2Config(
         vocab_size=cfg.vocab_size, n_positions=cfg.block_size, n_embd=cfg.n_embd,
         n_layer=cfg.n_layer, n_head=cfg.n_head, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-        bos_token_id=eot, eos_token_id=eot))
+        bos_token_id=eot, eos_token_id=eot, n_ctx=cfg.block_size)  # llama.cpp reads n_ctx
+
+
+def to_hf(model):
+    """Return the same weights as a transformers GPT2LMHeadModel."""
+    from transformers import GPT2LMHeadModel
+    hf = GPT2LMHeadModel(hf_config(model.cfg))
     hf.load_state_dict(transpose_conv1d(model.state_dict()))
     return hf
 

@@ -37,7 +37,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from common import (Optimizers, RunConfig, ShardLoader, accumulation_steps,
                     configure_compiler, cosine_lr, init_world, parse_args)
-from fineweb import get_tokenizer, one_line_errors
+from fineweb import end_of_text, get_tokenizer, one_line_errors
 from hellaswag import load_hellaswag
 from run import Run, check_memory, use_checkpoint
 
@@ -48,7 +48,7 @@ ARCH = "llama"
 class Config(RunConfig):
     # model
     block_size: int = 1024  # context length in tokens
-    vocab_size: int = 50304  # GPT-2's 50,257 and padding; below 50,257 a token is a byte
+    vocab_size: int = 50304  # GPT-2's 50,257 and padding, or 256: a token is a byte
     n_layer: int = 12  # number of blocks
     n_head: int = 12  # number of query heads
     n_kv_head: int = 3  # number of key-value heads; 4 query heads share one, as in the 8B model
@@ -252,14 +252,17 @@ def to_hf(model):
     """Return the same weights as a transformers LlamaForCausalLM."""
     from transformers import LlamaConfig, LlamaForCausalLM
     cfg = model.cfg
-    eot = 50256 if cfg.vocab_size > 50256 else 0
-    hf = LlamaForCausalLM(LlamaConfig(
+    eot = end_of_text(cfg.vocab_size)
+    config = LlamaConfig(
         vocab_size=cfg.vocab_size, max_position_embeddings=cfg.block_size, hidden_size=cfg.n_embd,
         intermediate_size=cfg.ffn_dim, num_hidden_layers=cfg.n_layer,
         num_attention_heads=cfg.n_head, num_key_value_heads=cfg.n_kv_head,
         rms_norm_eps=cfg.norm_eps, tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_theta},
-        bos_token_id=eot, eos_token_id=eot, pad_token_id=None))
+        bos_token_id=eot, eos_token_id=eot, pad_token_id=None)
+    # where transformers 4, vLLM and llama.cpp look for it
+    config.rope_theta = cfg.rope_theta
+    hf = LlamaForCausalLM(config)
     hf.load_state_dict(model.state_dict())
     return hf
 

@@ -51,7 +51,7 @@ ARCH = "rwkv"
 class Config(RunConfig):
     # model
     block_size: int = 1024  # context length in tokens
-    vocab_size: int = 50304  # GPT-2's 50,257 and padding; below 50,257 a token is a byte
+    vocab_size: int = 50304  # GPT-2's 50,257 and padding, or 256: a token is a byte
     n_layer: int = 11  # number of blocks
     n_embd: int = 640  # width of the residual stream
     head_dim: int = 64  # width of a head, whose state is head_dim x head_dim
