@@ -447,7 +447,7 @@ def test_killed_in_the_middle_of_a_save(monkeypatch):
     env = {**os.environ, "PYTHONPATH": ROOT}
     result = subprocess.run([sys.executable, "-c", KILLED_WHILE_SAVING, *QUICK], env=env, capture_output=True)
     assert result.returncode == -signal.SIGKILL
-    assert os.path.exists("log/gpt2-tiny/model_00006.pt.tmp")
+    assert glob.glob("log/gpt2-tiny/model_00006.pt.*.tmp")
     assert not os.path.exists("log/gpt2-tiny/model_00006.pt")
     train("gpt2", monkeypatch, *QUICK, "--resume=auto")
     assert log_of() == log_of("log/whole")
@@ -607,12 +607,13 @@ def test_one_writer_per_run(monkeypatch, capsys):
             break
     log = log_of()
     for options in [], ["--resume=auto"], ["--resume=auto", "--seed=2"]:
-        bad(capsys, lambda: train("gpt2", monkeypatch, *QUICK, *options), "log/gpt2-tiny", f"PID {process.pid} ")
+        bad(capsys, lambda: train("gpt2", monkeypatch, *LONG, *options), "log/gpt2-tiny", f"PID {process.pid} ")
     assert log_of().startswith(log)
     assert run_of("log/gpt2-tiny")["config"]["seed"] == 1337
     process.kill()
     process.wait()
-    train("gpt2", monkeypatch, *QUICK, "--resume=auto")
+    steps = max(map(int, re.findall(r"^(\d+) train", log_of().decode(), re.M)))
+    train("gpt2", monkeypatch, *QUICK, f"--max_steps={steps + 2}", "--eval_interval=0", "--resume=auto")
 
 
 def test_history_is_kept(monkeypatch, capsys):
@@ -707,7 +708,7 @@ def test_lower_precision_trains_alike(arch, dtype, monkeypatch):
     for stream in "train", "val":
         low, high = stream_of(stream, "log/low"), stream_of(stream, "log/float32")
         np.testing.assert_allclose(low, high, rtol=0.01)
-        assert not np.array_equal(low, high)
+    assert not np.array_equal(stream_of("norm", "log/low"), stream_of("norm", "log/float32"))
 
 
 @pytest.mark.parametrize("options", [["gpt2"], ["gpt2", "--optimizer=muon"], ["rwkv"], ["deepseek"]])
@@ -722,7 +723,7 @@ def test_a_skipped_update_is_logged_and_resumed(options, monkeypatch):
     train(arch, monkeypatch, *options, "--log_dir=log/whole")
     lines = log_of("log/whole").decode().splitlines()
     skipped = [int(line.split()[0]) for line in lines if line.endswith(" skipped 1")]
-    assert skipped and skipped == list(range(len(skipped))) and len(skipped) < 30
+    assert skipped[:10] == list(range(10)) and len(skipped) < 30
     assert np.isfinite(stream_of("train", "log/whole")).all()
     assert stream_of("val", "log/whole")[-1] < stream_of("val", "log/whole")[0]
     os.makedirs("log/resumed")
@@ -1421,13 +1422,13 @@ def test_too_little_memory_is_said_first(arch, monkeypatch, capsys):
     assert not os.path.exists(f"log/{arch}-tiny")
 
 
-MEMORY = """
+MEMORY = r"""
 import os, re, resource, sys
 import torch, common, run, train_{arch} as script
 cfg = script.Config(**{options})
 world = common.World(torch.device("cpu"))
 run.check_memory(cfg, world, script.Model, 1)
-before = int(re.search(r"VmRSS: *([0-9]+)", open("/proc/self/status").read())[1])
+before = int(re.search(r"VmRSS:\s*(\d+)", open("/proc/self/status").read())[1])
 model = script.Model(cfg)
 optimizer = model.configure_optimizers(cfg, "cpu")
 idx = torch.zeros(cfg.batch_size, cfg.block_size, dtype=torch.long)
@@ -1436,7 +1437,7 @@ for _ in range(2):
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-print((int(re.search(r"VmHWM: *([0-9]+)", open("/proc/self/status").read())[1]) - before) / 2**20)
+print((int(re.search(r"VmHWM:\s*(\d+)", open("/proc/self/status").read())[1]) - before) / 2**20)
 """
 
 
