@@ -368,6 +368,22 @@ def test_errors_of_workers(tmp_path, word, says, procs):
     assert total == (700 + 299 + 5000 + 1) * 2 + 1 + len(word)
 
 
+def test_unforeseen_errors_between_documents():
+    class Source:
+        fraction = None
+
+        def read(self, start):
+            yield "a"
+            raise KeyError("unforeseen")
+
+        def place(self, document):
+            return f"place {document}"
+
+    with pytest.raises(SystemExit) as e:
+        list(fineweb.tokenized(Source(), 7, 1))
+    assert e.value.code == "error: stopped at place 7 or soon after it (KeyError: 'unforeseen')"
+
+
 def test_a_folder(gpt2_bpe, tmp_path):
     """A folder means the files of known types in and below it, in sorted order; the shards may lie in it, too."""
     books = tmp_path / "bo[o]ks"
@@ -389,6 +405,23 @@ def test_a_folder(gpt2_bpe, tmp_path):
     assert shard_bytes(books / "shards") == expected
     stdout, _ = run_fineweb(*args)
     assert "nothing to do" in stdout
+
+
+def test_an_unreadable_folder_is_not_passed_over(tmp_path, monkeypatch):
+    """os.walk alone would leave out a folder that it cannot list, without a word."""
+    scandir = os.scandir
+
+    def no_permission(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "a.txt").write_text("a")
+    monkeypatch.setattr(os, "scandir", no_permission)
+    with pytest.raises(SystemExit) as e:
+        fineweb.Files([str(tmp_path)])
+    assert e.value.code.startswith(f"error: --files {tmp_path}: [Errno 13] Permission denied")
 
 
 def zst_with_window(data, log):
