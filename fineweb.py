@@ -6,11 +6,13 @@ Turn text into shards of GPT-2 tokens. Run this once, before training.
     python fineweb.py --pretokenized --max_tokens 1000000000  # published shards of the same data
     python fineweb.py --dataset HuggingFaceFW/fineweb-edu --name sample-10BT --data_dir edu10B
     python fineweb.py --dataset manu/project_gutenberg --split en --data_dir gutenberg
+    python fineweb.py --files heldout.txt books/ --val_tokens 1000000 --data_dir mine
     python fineweb.py --files 'books/*.txt' wiki.jsonl.xz --val_tokens 1000000 --data_dir mine
     python fineweb.py --check          # look for damaged and missing shards
 
 The program may be killed at any moment. Started again with the same options, it resumes after the
-last finished shard. The bytes of the shards do not depend on interruptions or on --num_proc.
+last finished shard. The bytes of the shards do not depend on interruptions or on --num_proc. Only
+one process at a time may write to a folder.
 
 The documents form one sequence of tokens: <|endoftext|> (50256) stands in front of each document,
 and blank documents are left out. The first val_tokens tokens become fineweb_val_000000.bin. The
@@ -225,7 +227,7 @@ def missing_shards(paths):
         if match := re.fullmatch(r"(.*?)(\d+)\.bin", path):
             series.setdefault(match[1], set()).add(int(match[2]))
     missing = (str(number) for numbers in series.values()
-               for number in range(0 if 0 in numbers else 1, max(numbers)) if number not in numbers)
+               for number in range(1, max(numbers)) if number not in numbers)
     first = list(itertools.islice(missing, 21))  # a date as the number may leave millions of gaps
     return ", ".join(first[:20] + ["..."] * (len(first) > 20))
 

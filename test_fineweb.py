@@ -1,6 +1,6 @@
 """
 fineweb.py, which turns text into shards, is checked on a CPU: the bytes of the shards from every kind of file and from
-a hub, kills and resumed runs, a full disk, memory, --check, and bad input.
+a hub, kills and resumed runs, a full disk, two writers, memory, the names of shards, --check, and bad input.
 
     pytest -q test_fineweb.py                              # this file alone; test_models.py says what to install
     pytest -q test_fineweb.py -k "hub or pretokenized"     # the hub
@@ -51,7 +51,7 @@ def run_fineweb(*args, code=0, env=None, **options):
 def assert_one_line(errors, says):
     """Assert that stderr was one line of fineweb.py that says something."""
     assert len(errors) == 1, errors
-    assert errors[0].startswith("error: "), errors
+    assert errors[0].startswith("error: ") and errors[0].count("error: ") == 1, errors
     assert says in errors[0], errors
 
 
@@ -368,6 +368,22 @@ def test_errors_of_workers(tmp_path, word, says, procs):
     assert total == (700 + 299 + 5000 + 1) * 2 + 1 + len(word)
 
 
+def test_unforeseen_errors_between_documents():
+    class Source:
+        fraction = None
+
+        def read(self, start):
+            yield "a"
+            raise KeyError("unforeseen")
+
+        def place(self, document):
+            return f"place {document}"
+
+    with pytest.raises(SystemExit) as e:
+        list(fineweb.tokenized(Source(), 7, 1))
+    assert e.value.code == "error: stopped at place 7 or soon after it (KeyError: 'unforeseen')"
+
+
 def test_a_folder(gpt2_bpe, tmp_path):
     """A folder means the files of known types in and below it, in sorted order; the shards may lie in it, too."""
     books = tmp_path / "bo[o]ks"
@@ -389,6 +405,23 @@ def test_a_folder(gpt2_bpe, tmp_path):
     assert shard_bytes(books / "shards") == expected
     stdout, _ = run_fineweb(*args)
     assert "nothing to do" in stdout
+
+
+def test_an_unreadable_folder_is_not_passed_over(tmp_path, monkeypatch):
+    """os.walk alone would leave out a folder that it cannot list, without a word."""
+    scandir = os.scandir
+
+    def no_permission(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "a.txt").write_text("a")
+    monkeypatch.setattr(os, "scandir", no_permission)
+    with pytest.raises(SystemExit) as e:
+        fineweb.Files([str(tmp_path)])
+    assert e.value.code.startswith(f"error: --files {tmp_path}: [Errno 13] Permission denied")
 
 
 def zst_with_window(data, log):
@@ -453,6 +486,10 @@ def test_check(gpt2_bpe, tmp_path):
 
     write_good_shards()
     assert "2 shards, 9 tokens, 0 bad" in check(0)
+    second_val = out / "fineweb_val_000001.bin"
+    fineweb.write_shard(str(second_val), [4, 5])  # continues the last document of the first, which is fine
+    assert "3 shards, 11 tokens, 0 bad" in check(0)
+    second_val.unlink()
     damages = [
         lambda: change(train, 0, b"\0\0\0\0"),  # magic number
         lambda: change(val, 4, b"\2\0\0\0"),  # version
@@ -486,6 +523,7 @@ FOREIGN = {
     "a word within a word": (["retrieval_val_0.bin", "retrieval_train_1.bin"], [1]),
     "longer words": (["validation-00.bin", "Training-00.bin"], [1]),
     "no numbers": (["val.bin", "train.bin"], [1]),
+    "some numbers": (["val.bin", "b_train.bin", "a_train_1.bin"], [2, 1]),
 }
 
 
