@@ -32,9 +32,9 @@ from fineweb import (Parser, TokenSequence, explain, fail, missing_shards, open_
 BENCH_WARMUP = 5  # steps that --bench does not count: compilation and the first allocations
 # what --tiny changes; each script adds the size of its model
 TINY_TRAINING = dict(
-    total_batch_size=1024, batch_size=16, max_steps=600, warmup_steps=40, learning_rate=3e-3,
-    eval_interval=150, val_tokens=32768, hella_limit=0, checkpoint_interval=300,
-    sample_interval=600, data_dir="tiny_data", compile=False)
+    total_batch_size=1024, batch_size=16, max_steps=400, warmup_steps=20, learning_rate=1e-2,
+    optimizer="muon", eval_interval=100, val_tokens=32768, val_full_tokens=0, hella_limit=0,
+    checkpoint_interval=200, sample_interval=400, data_dir="tiny_data", compile=False)
 
 
 # ---- options -------------------------------------------------------------------------------------
@@ -122,7 +122,7 @@ def make_parser(Config):
                        help="continue TEXT with the newest checkpoint, or with --resume=FILE")
     modes.add_argument("--max_new_tokens", metavar="N", type=int, default=100,
                        help="length of the continuation that --sample writes (%(default)s)")
-    modes.add_argument("--temperature", metavar="X", type=float, default=1.0,
+    modes.add_argument("--temperature", metavar="X", type=float, default=0.8,
                        help="of --sample (%(default)s): lower is safer, 0 the likeliest token")
     modes.add_argument("--export", metavar="DIR", help="write it as a Hugging Face folder instead")
     modes.add_argument("--bench", metavar="N", type=int, default=0,
@@ -171,6 +171,7 @@ def parse_args(Config, tiny):
     defaults = {f.name: f.default for f in fields(Config)}
     if given.get("tiny"):
         defaults |= {**TINY_TRAINING, **tiny}
+        torch.set_num_threads(1)  # more gain nothing, and lose much where the cores are busy
     numbers = {name: getattr(mode, name) for name in ("bench", "max_new_tokens", "temperature")}
     for name, value in {**given, **numbers}.items():
         default_limits = (0, math.inf) if isinstance(value, float) else (1, 2**40)
@@ -249,7 +250,12 @@ def init_world(device, dtype, seed):
     if size > 1:
         gpu = world.device if world.device.type == "cuda" else None
         with explain(launch, ValueError, RuntimeError):
-            dist.init_process_group("nccl" if gpu else "gloo", device_id=gpu)
+            store, _, _ = next(dist.rendezvous("env://"))  # has the addresses of all processes
+            if os.environ.get("LOCAL_WORLD_SIZE") == str(size):
+                # torchrun keeps it when it restarts the processes (PyTorch's issue 135712)
+                store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+            dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=rank,
+                                    world_size=size, device_id=gpu)
     torch.manual_seed(seed)
     return world
 
@@ -333,8 +339,8 @@ class ShardLoader:
         if split == "val" and n < cfg.val_tokens:
             print(f"{cfg.data_dir} has only {n:,} of --val_tokens={cfg.val_tokens}: all are used")
         if gaps := missing_shards(self.tokens.paths):
-            print(f"{cfg.data_dir} lacks {split} shard {gaps}: a run with it sees other data in the "
-                  "same steps", file=sys.stderr)
+            print(f"{cfg.data_dir} lacks {split} shard {gaps}: a run with it sees other data in "
+                  "the same steps", file=sys.stderr)
 
     def load(self, start, rows):
         """Read rows of tokens and the last target, in a thread; int16, as torch lacks uint16."""
@@ -416,7 +422,7 @@ class Optimizers(list):
             optimizer.load_state_dict(state)
 
 
-def generate(model, tokenizer, prompt, device, seed, max_new_tokens=100, temperature=1.0, top_k=50):
+def generate(model, tokenizer, prompt, device, seed, new_tokens=100, temperature=0.8, top_k=50):
     """Continue a prompt (list of tokens) by sampling among the top_k tokens; return prompt and
     continuation as text. At temperature 0 the likeliest token comes next. The padding of the
     vocabulary is never drawn."""
@@ -430,7 +436,7 @@ def generate(model, tokenizer, prompt, device, seed, max_new_tokens=100, tempera
     rng = torch.Generator().manual_seed(seed)
     # each step has another length, for which a compiled model would be compiled again
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        for _ in range(max_new_tokens):
+        for _ in range(new_tokens):
             if recurrent:
                 hidden = model.hidden(torch.tensor([unread], device=device), state)
             else:

@@ -48,7 +48,8 @@ SMALL = dict(
 # Options of a quick run that does everything: 512 tokens a step, evaluation, checkpoints.
 QUICK = ["--tiny", "--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=32", "--total_batch_size=512",
          "--batch_size=4", "--max_steps=8", "--eval_interval=4", "--checkpoint_interval=2", "--val_tokens=2048",
-         "--val_full_tokens=4096", "--sample_interval=0"]
+         "--val_full_tokens=4096", "--sample_interval=0", "--optimizer=adamw", "--learning_rate=3e-3",
+         "--warmup_steps=40"]
 
 each_arch = pytest.mark.parametrize("arch", ARCHS)
 each_transformer = pytest.mark.parametrize("arch", [arch for arch in ARCHS if arch != "rwkv"])

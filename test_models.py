@@ -160,6 +160,7 @@ EXCEPTIONS = [
                "extra losses in DeepSeek, L2Wrap in RWKV"),
     Difference("Model.hidden", "deepseek | gemma | gpt2 | llama phi | mistral | rwkv",
                "each hands its blocks something else: rope, masks, positions, a state"),
+    Difference("Model.loss", "deepseek gemma gpt2 llama mistral phi | rwkv", "L2Wrap in RWKV"),
     Difference("Model.num_params", "deepseek | gemma llama mistral phi | gpt2 | rwkv",
                "idle experts in DeepSeek, positions in GPT-2, an untied head in RWKV"),
     Difference("RMSNorm.__init__", "deepseek | gemma | llama mistral phi",
@@ -245,7 +246,7 @@ def test_files_are_short_and_narrow():
             lines = source_of(path).splitlines()
             limit = 120 if path.startswith(("test_", "conftest")) else 100
             assert max(map(len, lines)) <= limit, path
-            assert len(lines) <= {"common.py": 440, "run.py": 560}.get(path, len(lines)), path
+            assert len(lines) <= {"common.py": 450, "run.py": 550}.get(path, len(lines)), path
 
 
 def test_shared_files_know_no_architecture():
