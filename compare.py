@@ -35,9 +35,11 @@ from fineweb import Parser, fail, one_line_errors
 # Runs are comparable only if these options are equal.
 SETTING = ("data_dir", "vocab_size", "block_size", "total_batch_size", "max_steps", "warmup_steps",
            "learning_rate", "min_lr_ratio", "val_tokens", "init_from")
-# These options do not change the result, or change it only as another seed would.
-HARMLESS = {field.name for field in fields(RunConfig)} - {"data_dir", "val_tokens"}
-HARMLESS |= {"batch_size", "chunk_size", "recompute"}
+# These options may change when a run resumes: what is trained stays the same.
+NEUTRAL = {field.name for field in fields(RunConfig)} - {"data_dir", "dtype", "seed"}
+NEUTRAL |= {"batch_size", "chunk_size", "recompute"}
+# These do not change the result of a run, or change it only as another seed would.
+HARMLESS = NEUTRAL - {"val_tokens"} | {"dtype", "seed"}
 # Any other option that differs is named in the remarks.
 
 # Types of the values in run.json; "params.total" stands for info["params"]["total"].
@@ -67,13 +69,49 @@ class Result:
     has_run_json: bool
 
     @property
+    def parts(self):
+        """The training as a list of (first step, step after the last, config), one for each start
+        of which updates remain: a start ends where a later one goes on, or goes back to."""
+        parts, end = [], self.steps
+        for start in reversed(self.info["starts"]):
+            if start["step"] < end:
+                parts.insert(0, (start["step"], end, start["config"]))
+                end = start["step"]
+        return parts
+
+    def tokens(self, step):
+        """Return the number of tokens that were trained until a step."""
+        return sum((min(step, end) - first) * config["total_batch_size"]
+                   for first, end, config in self.parts if first < step)
+
+    @property
+    def changes(self):
+        """What changed between the parts of the training and may change the result, as texts."""
+        changes, known = [], {}
+        for first, _, config in self.parts:
+            now = {name: value for name, value in config.items() if name not in NEUTRAL}
+            now["data_dir"] = folder_name(config["data_dir"])
+            for name in sorted(now.keys() & known.keys()):
+                if now[name] != known[name]:
+                    changes.append(f"{name} changed at step {first}: "
+                                   f"{shown(known[name])} -> {shown(now[name])}")
+            known |= now
+        return changes
+
+    @property
+    def config(self):
+        """The options of the latest start. Those that shape the training are of the latest start
+        of which updates remain: resuming a finished run changes nothing but its evaluation."""
+        latest = self.info["config"]
+        trained = self.parts[-1][2] if self.parts else latest
+        return latest | {name: value for name, value in trained.items() if name not in NEUTRAL}
+
+    @property
     def options(self):
         """The options that may change the result."""
-        config = self.info["config"]
-        options = {name: value for name, value in config.items() if name not in HARMLESS}
-        options["data_dir"] = os.path.basename(os.path.normpath(config["data_dir"]))
-        options["vocab_size"] = min(config["vocab_size"], 50257)  # tokens above are padding
-        options["init_from"] = config.get("init_from", "")  # only GPT-2 has this option
+        options = {name: value for name, value in self.config.items() if name not in HARMLESS}
+        options["data_dir"] = folder_name(options["data_dir"])
+        options["init_from"] = options.get("init_from", "")  # only GPT-2 has this option
         return options
 
     @property
@@ -90,7 +128,7 @@ class Result:
 
     @property
     def finished(self):
-        return self.steps >= self.info["config"]["max_steps"]
+        return self.steps >= self.config["max_steps"]
 
     def correct(self, step):
         """Return which HellaSwag items were right at a step, bool (items,), or None if unknown."""
@@ -106,6 +144,14 @@ class Result:
         return correct
 
 
+def folder_name(path):
+    return os.path.basename(os.path.normpath(path))
+
+
+def shown(value):
+    return "''" if value == "" else value
+
+
 def check_types(info):
     """Raise an error that names the key if a value of run.json is missing or has a wrong type."""
     for name, types in RUN_JSON.items():
@@ -114,9 +160,13 @@ def check_types(info):
             value = value[key]
         if not isinstance(value, types):
             raise TypeError(f"{name} cannot be {value!r}")
-    for name, value in info["config"].items():
-        if not isinstance(value, NUMBER | str):
-            raise TypeError(f"config.{name} cannot be {value!r}")
+    starts = info.get("starts", [])
+    if not all(isinstance(start["step"], int) for start in starts):
+        raise TypeError("the step of a start is not a number")
+    for config in [info["config"], *(start["config"] for start in starts)]:
+        for name, value in config.items():
+            if not isinstance(value, RUN_JSON.get(f"config.{name}", NUMBER | str)):
+                raise TypeError(f"config.{name} cannot be {value!r}")
 
 
 def read_result(path):
@@ -130,13 +180,16 @@ def read_result(path):
                 step, name, value = match.groups()
                 curves[name][int(step)] = float(value)
     run_json = os.path.join(folder, "run.json")
-    if not os.path.exists(run_json):
-        # the folder takes the place of the architecture, so that no other run joins the group
-        return Result(folder, curves, {"arch": folder, **BUILD_NANOGPT}, has_run_json=False)
-    with open(run_json) as file:
-        info = {"tokens_per_second": None} | json.load(file)
-    check_types(info)
-    return Result(folder, curves, info, has_run_json=True)
+    has_run_json = os.path.exists(run_json)
+    # the folder takes the place of the architecture, so that no other run joins the group
+    info = {"arch": folder, **BUILD_NANOGPT}
+    if has_run_json:
+        with open(run_json) as file:
+            info = {"tokens_per_second": None} | json.load(file)
+        check_types(info)
+    # before there was a list of starts, run.json described the only one
+    info.setdefault("starts", [{"step": 0, "config": info["config"]}])
+    return Result(folder, curves, info, has_run_json)
 
 
 def find_logs(paths):
@@ -163,7 +216,10 @@ class Group:
         self.arch = first.info["arch"]
         self.label = os.path.basename(self.arch)
         self.options = first.options
+        self.changes = first.changes
         self.setting = {name: self.options.get(name) for name in SETTING}
+        # GPT-2's tokenizer serves every larger vocabulary: the tokens above are padding
+        self.setting["vocab_size"] = min(self.options["vocab_size"], 50257)
         self.steps = min(result.steps for result in results)
         self.curves = {"val": self.common_curve("val"), "hella": self.common_curve("hella")}
         self.val_step = max(self.curves["val"], default=None)
@@ -191,24 +247,27 @@ def cluster(results):
     """Return the groups of the results, sorted by validation loss; groups without one come last."""
     clusters = defaultdict(list)
     for result in results:
-        key = result.info["arch"], result.finished, frozenset(result.options.items())
+        key = (result.info["arch"], result.finished, tuple(result.changes),
+               frozenset(result.options.items()))
         clusters[key].append(result)
     groups = [Group(members) for members in clusters.values()]
     return sorted(groups, key=lambda group: (math.isnan(group.loss), group.loss))
 
 
-def usual_setting(groups):
-    """Return the setting of most runs. If several are equally common, the longest one wins."""
+def usual_group(groups):
+    """Return a group with the setting of most runs, of those whose setting did not change on the
+    way, if there are any. If several are equally common, the longest one wins."""
+    groups = [group for group in groups if not group.changes] or groups
     settings = [group.setting for group in groups for _ in group.results]
-    return max(settings, key=lambda setting: (settings.count(setting), setting["max_steps"]))
+    return max(groups, key=lambda g: (settings.count(g.setting), g.setting["max_steps"]))
 
 
 def reasons_not_comparable(group, usual):
-    """Return the reasons why a group is not comparable with groups of the usual setting."""
-    reasons = []
-    for name, value in group.setting.items():
-        if value != usual[name]:
-            expected = "''" if usual[name] == "" else usual[name]
+    """Return the reasons why a group is not comparable with groups of the usual group's setting."""
+    reasons = list(group.changes)
+    for name in SETTING:
+        if group.setting[name] != usual.setting[name]:
+            value, expected = (shown(each.options.get(name)) for each in (group, usual))
             reasons.append(f"{name}={value} instead of {expected}")
     if not group.results[0].finished:
         reasons.append(f"in progress, step {group.steps} of {group.options['max_steps']}")
@@ -230,7 +289,7 @@ def remark(group, groups):
             remarks.append(f"{name} is not in its run.json")
         elif group.options[name] != most_common:
             remarks.append(f"{name}={group.options[name]}")
-    seeds = {result.info["config"].get("seed") for result in group.results}
+    seeds = {result.config.get("seed") for result in group.results}
     if len(seeds) < len(group.results):
         remarks.append("a seed comes twice")
     if group.correct is None and any(result.curves["hella"] for result in group.results):
@@ -243,7 +302,7 @@ def rank(results):
     groups = cluster(results)
     described = [group for group in groups if group.results[0].has_run_json]
     for group in described:
-        group.reasons = reasons_not_comparable(group, usual_setting(described))
+        group.reasons = reasons_not_comparable(group, usual_group(described))
         group.remarks = remark(group, described)
         if sum(other.arch == group.arch for other in described) > 1:
             group.label += f" ({os.path.basename(group.results[0].folder)})"
@@ -320,7 +379,7 @@ def table_row(group, first):
         "parameters": number(group.info["params"]["total"]),
         "active": number(group.info["params"]["active"]),
         "MFLOP/token": number(group.info["flops_per_token"] / 1e6, ",.1f"),
-        "tokens": number(group.steps * group.options["total_batch_size"]),
+        "tokens": number(group.results[0].tokens(group.steps)),
         "validation loss": mean_and_range(group.losses),
         "HellaSwag acc_norm": accuracy(group),
         "points to the first": points, "p": p,
@@ -355,10 +414,8 @@ def plot(groups, path):
         for i, group in enumerate(groups):
             # without step 0, whose loss is that of the untrained model
             curve = {step: values for step, values in group.curves[name].items() if step > 0}
-            scale = group.options["total_batch_size"]
-            if unit == "FLOPs":
-                scale *= group.info["flops_per_token"]
-            x = [float(step * scale) for step in curve]
+            scale = group.info["flops_per_token"] if unit == "FLOPs" else 1.0
+            x = [group.results[0].tokens(step) * scale for step in curve]
             means = [np.mean(values) for values in curve.values()]
             lows = [min(values) for values in curve.values()]
             highs = [max(values) for values in curve.values()]

@@ -63,6 +63,15 @@ def made_up(folder, arch="gpt2", val=4.0, hits=None, steps=1000, every=500, **op
     write_json(f"{folder}/run.json", run)
 
 
+def started(folder, *starts):
+    """Give the run.json of a made-up run a list of starts: (step, what differs in its config), the last one on top."""
+    with open(f"{folder}/run.json") as f:
+        run = json.load(f)
+    run["starts"] = [{"step": step, "config": run["config"] | options} for step, options in starts]
+    run["config"] = run["starts"][-1]["config"]
+    write_json(f"{folder}/run.json", run)
+
+
 def write_json(path, content):
     """Write an object as JSON."""
     with open(path, "w") as f:
@@ -204,6 +213,55 @@ def test_what_is_not_comparable_is_marked(capsys):
     assert "no run.json" in peer["remarks"]
 
 
+def test_what_changed_on_the_way_is_counted_and_named(capsys):
+    made_up("log/a", "llama", 3.0)
+    made_up("log/steady", "gpt2", 3.1)  # what may change, and a key that the old config lacks
+    free = dict(batch_size=2, log_dir="x", device="cuda", compile=True, eval_interval=9, resume="auto", hella_limit=9,
+                keep_checkpoints=3, hellaswag_file="y", val_tokens=9, data_dir="/moved/data/", momentum=0.95)
+    started("log/steady", (0, {}), (500, free), (600, {"learning_rate": 9.0}), (600, {}), (1000, {"max_steps": 1000}))
+    made_up("log/finished", "gemma", 3.2)  # neither the start that was lost nor the one that only evaluated counts
+    started("log/finished", (0, {}), (700, {"beta2": 0.5}), (300, {}), (1000, {"beta2": 0.6, "max_steps": 2000}))
+    made_up("log/b", "phi", 3.0, learning_rate=0.001)
+    started("log/b", (0, {}), (500, {"learning_rate": 0.0005}))
+    made_up("log/c", "rwkv", 3.0)
+    started("log/c", (0, {"total_batch_size": 500}), (400, {"total_batch_size": 2000}), (300, {}), (600, {}))
+    made_up("log/c2", "rwkv", 3.0, seed=2)  # another group than the seed whose steps grew
+    made_up("log/d", "mistral", 3.0)
+    names = ("max_steps", "warmup_steps", "min_lr_ratio", "weight_decay", "beta1", "beta2", "grad_clip", "optimizer",
+             "seed", "data_dir", "dtype", "momentum", "init_from")
+    started("log/d", (0, {name: "a" for name in names} | {"max_steps": 3}),
+            (20, {name: "" if name == "init_from" else "b" for name in names} | {"max_steps": 1000}))
+    made_up("log/e", "deepseek", 3.0, steps=500)  # shortened after its last step: its learning rate never fell
+    started("log/e", (0, {}), (500, {"max_steps": 500}))
+    rows = {row["model"]: row for row in compared(capsys)}
+    assert list(rows)[:4] == ["llama", "rwkv (c2)", "gpt2", "gemma"]
+    assert [row["remarks"] for row in rows.values()][:4] == ["", "", "", ""]
+    assert [row["tokens"] for row in rows.values()][:4] == ["1,000,000"] * 4
+    assert rows["phi"]["remarks"].startswith(
+        "not comparable: learning_rate changed at step 500: 0.001 -> 0.0005; learning_rate=0.0005 instead of None")
+    assert rows["phi"]["tokens"] == "1,000,000"
+    assert rows["rwkv (c)"]["remarks"] == "not comparable: total_batch_size changed at step 300: 500 -> 1000"
+    assert rows["rwkv (c)"]["tokens"] == f"{300 * 500 + 700 * 1000:,}"
+    for name in names:
+        old, new = {"max_steps": ("3", "1000"), "init_from": ("a", "''")}.get(name, ("a", "b"))
+        assert f"{name} changed at step 20: {old} -> {new};" in rows["mistral"]["remarks"] + ";"
+    assert rows["deepseek"]["remarks"] == "not comparable: in progress, step 500 of 1000"
+
+
+def test_larger_vocabularies_are_gpt2s(capsys):
+    """Sizes from 50,257 upwards count as equal, and the remarks show the real one."""
+    made_up("log/a", "gpt2", 3.0)
+    made_up("log/b", "llama", 3.1, vocab_size=50257)
+    made_up("log/c", "phi", 3.2, vocab_size=60000)
+    made_up("log/d", "gemma", 3.3, vocab_size=256)
+    assert [row["remarks"] for row in compared(capsys)] == [
+        "", "", "", "not comparable: vocab_size=256 instead of 50304"]
+    (row,) = [row for row in compared(capsys, "log/a", "log/d") if row["model"] == "gpt2"]
+    assert row["remarks"] in ("", "not comparable: vocab_size=50304 instead of 256")
+    made_up("log/e", "phi", 3.3, vocab_size=256)
+    assert "vocab_size=50304 instead of 256" in compared(capsys, "log/a", "log/d", "log/e")[-1]["remarks"]
+
+
 def test_compare_reads_real_runs_and_draws(monkeypatch, capsys):
     pyplot = pytest.importorskip("matplotlib.pyplot")
     for arch in "gpt2", "deepseek":
@@ -254,6 +312,9 @@ def test_compare_says_in_a_line_what_is_wrong(monkeypatch, capsys):
         is_damaged()
     for content in [], {}, whole | {"arch": 1}, whole | {"params": {}}, whole | {"flops_per_token": "x"}:
         write_json("log/a/run.json", content)
+        is_damaged()
+    for starts in "x", [1], [{"step": 0}], [{"step": "x", "config": whole["config"]}], [{"step": 0, "config": None}]:
+        write_json("log/a/run.json", whole | {"starts": starts})
         is_damaged()
     for name, value in ("max_steps", None), ("total_batch_size", "x"), ("beta2", []), ("data_dir", 1):
         write_json("log/a/run.json", whole | {"config": whole["config"] | {name: value}})
