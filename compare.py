@@ -9,9 +9,10 @@ A run is a folder with log.txt, run.json (its options) and hella_<step>.npy, whi
 HellaSwag item whether the model was right. A log.txt without run.json is read as build-nanogpt's,
 whose format is the same. Runs that differ only in their seed share a row: mean (low to high).
 
-The lines are sorted by validation loss. Runs that are in progress, or that differ from most runs in
-their data (the name of the data folder), their tokens or their schedule, are not comparable: they
-stand below the others, with the reason.
+The lines are sorted by validation loss: that on the full set (val_full) if all comparable runs have
+it. Runs that are in progress, that changed their training on the way, or that differ from most runs
+in their data (the name of the data folder), their tokens or their schedule, are not comparable:
+they stand below the others, with the reason.
 
 HellaSwag is compared item by item with the first line: the difference in points, its 95% interval
 and a p-value. One run against one run is tested with McNemar's exact test (Dietterich 1998,
@@ -130,6 +131,12 @@ class Result:
     def finished(self):
         return self.steps >= self.config["max_steps"]
 
+    @property
+    def diverged(self):
+        """Whether the last validation loss is nan or infinite."""
+        curves = [self.curves[name] for name in ("val", "val_full") if self.curves[name]]
+        return not all(math.isfinite(curve[max(curve)]) for curve in curves)
+
     def correct(self, step):
         """Return which HellaSwag items were right at a step, bool (items,), or None if unknown."""
         path = os.path.join(self.folder, f"hella_{step}.npy")
@@ -221,10 +228,9 @@ class Group:
         # GPT-2's tokenizer serves every larger vocabulary: the tokens above are padding
         self.setting["vocab_size"] = min(self.options["vocab_size"], 50257)
         self.steps = min(result.steps for result in results)
-        self.curves = {"val": self.common_curve("val"), "hella": self.common_curve("hella")}
+        self.curves = {name: self.common_curve(name) for name in ("val", "val_full", "hella")}
         self.val_step = max(self.curves["val"], default=None)
         self.losses = self.curves["val"].get(self.val_step, [])  # a value for each run
-        self.loss = np.mean(self.losses) if self.losses else math.nan
         self.hella_step = max(self.curves["hella"], default=None)
         self.accuracies = self.curves["hella"].get(self.hella_step, [])
         same_items = all(result.items == first.items for result in results)
@@ -236,6 +242,11 @@ class Group:
         self.reasons = [] if first.has_run_json else [NO_RUN_JSON]  # why it is not comparable
         self.remarks = []  # what else sets it apart from other groups
 
+    def place(self):
+        """Return the key that sorts the table."""
+        loss = np.mean(self.losses or [math.nan])
+        return len(self.reasons) > 0, not math.isfinite(loss), loss
+
     def common_curve(self, name):
         """Return {step: [the value of each run]} for the steps that all runs have, in order."""
         curves = [result.curves[name] for result in self.results]
@@ -244,14 +255,13 @@ class Group:
 
 
 def cluster(results):
-    """Return the groups of the results, sorted by validation loss; groups without one come last."""
+    """Return the groups of the results, best first. No seed that diverged is among others."""
     clusters = defaultdict(list)
     for result in results:
-        key = (result.info["arch"], result.finished, tuple(result.changes),
+        key = (result.info["arch"], result.finished, result.diverged, tuple(result.changes),
                frozenset(result.options.items()))
         clusters[key].append(result)
-    groups = [Group(members) for members in clusters.values()]
-    return sorted(groups, key=lambda group: (math.isnan(group.loss), group.loss))
+    return sorted(map(Group, clusters.values()), key=Group.place)
 
 
 def usual_group(groups):
@@ -271,8 +281,12 @@ def reasons_not_comparable(group, usual):
             reasons.append(f"{name}={value} instead of {expected}")
     if not group.results[0].finished:
         reasons.append(f"in progress, step {group.steps} of {group.options['max_steps']}")
+    elif not group.losses:
+        reasons.append("no validation loss")
     elif group.val_step != group.steps:
         reasons.append(f"validation loss of step {group.val_step}, not {group.steps}")
+    if group.results[0].diverged:
+        reasons.append("it diverged")
     return reasons
 
 
@@ -297,8 +311,25 @@ def remark(group, groups):
     return remarks
 
 
+def choose_stream(groups):
+    """Let the table show val_full, the loss on more tokens at the end of a run, if all comparable
+    runs have it. Return the stream that the table shows: "val_full" or "val"."""
+    comparable = [group for group in groups if not group.reasons]
+    sizes = {result.config.get("val_full_tokens") for g in comparable for result in g.results}
+    if len(sizes) != 1 or any(g.steps not in g.curves["val_full"] for g in comparable):
+        return "val"
+    for group in groups:
+        if group.steps in group.curves["val_full"]:
+            group.val_step = group.steps
+            group.losses = group.curves["val_full"][group.steps]
+        elif group.losses:
+            group.remarks.append("validation loss: val, not val_full")
+    return "val_full"
+
+
 def rank(results):
-    """Return the groups in the order of the table, with reasons, remarks and distinct labels."""
+    """Return the groups in the order of the table, with reasons, remarks and distinct labels, and
+    the stream of the validation loss that they show."""
     groups = cluster(results)
     described = [group for group in groups if group.results[0].has_run_json]
     for group in described:
@@ -306,7 +337,11 @@ def rank(results):
         group.remarks = remark(group, described)
         if sum(other.arch == group.arch for other in described) > 1:
             group.label += f" ({os.path.basename(group.results[0].folder)})"
-    return sorted(groups, key=lambda group: len(group.reasons) > 0)
+    stream = choose_stream(groups)
+    for group in groups:
+        if group.losses and group.hella_step not in (None, group.val_step):
+            group.remarks.append(f"HellaSwag of step {group.hella_step}")
+    return sorted(groups, key=Group.place), stream
 
 
 def sign_test(wins, losses):
@@ -339,8 +374,9 @@ def difference(group, first):
 def mean_and_range(values, error=""):
     if not values:
         return "-"
-    limits = f" ({min(values):.4f} to {max(values):.4f})" if len(values) > 1 else ""
-    return f"{np.mean(values):.4f}{error}{limits}"
+    if len(values) == 1 or not np.isfinite(values).all():
+        return f"{np.mean(values):.4f}{error}"
+    return f"{np.mean(values):.4f}{error} ({min(values):.4f} to {max(values):.4f})"
 
 
 def accuracy(group):
@@ -370,7 +406,7 @@ def number(value, form=","):
     return "-" if math.isnan(value) else format(value, form)
 
 
-def table_row(group, first):
+def table_row(group, first, stream):
     """Return the line of a group as {column: cell}. `first` is the group of the first line."""
     points, p = difference(group, first)
     reasons = ["not comparable: " + "; ".join(group.reasons)] if group.reasons else []
@@ -380,16 +416,16 @@ def table_row(group, first):
         "active": number(group.info["params"]["active"]),
         "MFLOP/token": number(group.info["flops_per_token"] / 1e6, ",.1f"),
         "tokens": number(group.results[0].tokens(group.steps)),
-        "validation loss": mean_and_range(group.losses),
+        {"val": "", "val_full": "full "}[stream] + "validation loss": mean_and_range(group.losses),
         "HellaSwag acc_norm": accuracy(group),
         "points to the first": points, "p": p,
         "tokens/s": throughput(group),
         "remarks": "; ".join(reasons + group.remarks)}
 
 
-def table(groups):
+def table(groups, stream):
     """Return the table in Markdown."""
-    rows = [table_row(group, groups[0]) for group in groups]
+    rows = [table_row(group, groups[0], stream) for group in groups]
     rows = [list(rows[0]), *(row.values() for row in rows)]
     rows = [[" ".join(cell.split()).replace("|", "/") for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -450,16 +486,18 @@ def main():
             message = f"skipped: {path}, or run.json beside it, is damaged: {error!r}"
             print(message[:500], file=sys.stderr)
             continue
-        if result.curves:
+        if result.curves.keys() & {"train", "val", "hella"}:
             results.append(result)
         else:
-            print(f"skipped: {path} has no complete line yet", file=sys.stderr)
+            problem = ("is of another format: it has no line such as '0 val 10.9527'"
+                       if os.path.getsize(path) else "is empty so far")
+            print(f"skipped: {path} {problem}", file=sys.stderr)
     if not results:
         fail(f"no log to read in {' '.join(args.paths)}: train first, or name the folders of runs")
 
-    groups = rank(results)
+    groups, stream = rank(results)
     sys.stdout.reconfigure(errors="replace")  # the terminal may not be able to show ±
-    print(table(groups), flush=True)
+    print(table(groups, stream), flush=True)
     if args.plot:
         plot(groups, args.plot)
 

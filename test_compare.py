@@ -78,12 +78,17 @@ def write_json(path, content):
         json.dump(content, f)
 
 
-def compared(capsys, *arguments):
-    """Return what compare.py prints for these arguments: its rows as dicts, in order."""
-    capsys.readouterr()
+def show(*arguments):
+    """Call compare.py as if from the shell."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["compare.py", *arguments])
         compare.main()
+
+
+def compared(capsys, *arguments):
+    """Return what compare.py prints for these arguments: its rows as dicts, in order."""
+    capsys.readouterr()
+    show(*arguments)
     lines = capsys.readouterr().out.splitlines()
     head, rule, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert set("".join(rule)) == {"-"}
@@ -248,6 +253,84 @@ def test_what_changed_on_the_way_is_counted_and_named(capsys):
     assert rows["deepseek"]["remarks"] == "not comparable: in progress, step 500 of 1000"
 
 
+def add_to_log(folder, *lines):
+    """Add lines to the log of a made-up run."""
+    with open(f"{folder}/log.txt", "a") as f:
+        f.writelines(f"{line}\n" for line in lines)
+
+
+def test_hellaswag_of_another_step_is_named(capsys):
+    hits = np.arange(100) % 10 < 3
+    for seed in 1, 2:
+        made_up(f"log/{seed}", "gpt2", 3.0, seed=seed)
+        add_to_log(f"log/{seed}", "100 hella 0.3")
+        np.save(f"log/{seed}/hella_100.npy", hits)
+    add_to_log("log/2", "1000 hella 0.3")  # only one seed has it
+    np.save("log/2/hella_1000.npy", hits)
+    made_up("log/a", "llama", 3.1, hits)
+    made_up("log/b", "phi", 3.2)
+    for folder in "log/1", "log/2", "log/a", "log/b":
+        assert [row["remarks"] for row in compared(capsys)] == ["HellaSwag of step 100", "", ""]
+        add_to_log(folder, "1000 val_full 3.0")
+    assert [row["remarks"] for row in compared(capsys)] == ["HellaSwag of step 100", "", ""]
+    os.remove("log/1/run.json")
+    assert "HellaSwag of step 100" in compared(capsys, "log/1")[0]["remarks"]
+
+
+def test_the_full_validation_loss_ranks_where_all_have_it(capsys):
+    made_up("log/a1", "gpt2", 3.0, seed=1, val_full_tokens=9)
+    made_up("log/a2", "gpt2", 3.2, seed=2, val_full_tokens=9)
+    made_up("log/b", "llama", 3.2, val_full_tokens=9)
+    made_up("log/c", "phi", 2.0, steps=500, val_full_tokens=9)
+    add_to_log("log/a1", "1000 val_full 3.4")
+    add_to_log("log/a2", "1000 val_full 3.6")
+    for lines in [], ["500 val_full 3.3"]:  # not at the last step
+        add_to_log("log/b", *lines)
+        rows = compared(capsys)
+        assert [row["model"] for row in rows] == ["gpt2", "llama", "phi"]
+        assert rows[0]["validation loss"] == "3.1000 (3.0000 to 3.2000)"
+    add_to_log("log/b", "1000 val_full 3.3")
+    rows = compared(capsys)
+    assert [row["full validation loss"] for row in rows] == ["3.3000", "3.5000 (3.4000 to 3.6000)", "2.0000"]
+    assert [row["remarks"] for row in rows] == [
+        "", "", "not comparable: in progress, step 500 of 1000; validation loss: val, not val_full"]
+    assert "validation loss" in compared(capsys, "log/c")[0]
+    started("log/b", (0, {"val_full_tokens": 8}))  # other tokens
+    assert [row["validation loss"] for row in compared(capsys)][1:] == ["3.2000", "2.0000"]
+
+
+def test_a_run_that_diverged_comes_last(capsys):
+    made_up("log/a1", "gpt2", 3.0, seed=1)
+    made_up("log/a2", "gpt2", 3.0, seed=2)
+    made_up("log/a3", "gpt2", math.nan, seed=3)
+    made_up("log/a4", "gpt2", math.nan, seed=4)
+    made_up("log/b", "llama", math.inf)
+    made_up("log/c", "phi", 4.0)
+    made_up("log/d", "rwkv", 9.0, data_dir="other")
+    made_up("log/e", "gemma", 3.5)
+    add_to_log("log/e", "500 val nan")  # it recovered
+    rows = compared(capsys)
+    assert [row["model"] for row in rows][:4] == ["gpt2 (a1)", "gemma", "phi", "rwkv"]
+    assert [row["validation loss"] for row in rows][:4] == ["3.0000 (3.0000 to 3.0000)", "3.5000", "4.0000", "9.0000"]
+    remarks = {row["model"]: (row["validation loss"], row["remarks"]) for row in rows[4:]}
+    assert remarks == {"gpt2 (a3)": ("nan", "not comparable: it diverged"),
+                       "llama": ("inf", "not comparable: it diverged")}
+
+
+def test_logs_of_other_programs_are_named(capsys):
+    made_up("log/a")
+    for name, text in {
+            "nanogpt": "iter 0: loss 10.9, time 9ms, mfu -100.00%\n", "modded": "step:0/9 val_loss:10.8\n",
+            "csv": "step,loss\n0,10.9\n", "date": "2024 Nov 26\n", "cut": "0 va", "empty": ""}.items():
+        os.mkdir(f"log/{name}")
+        with open(f"log/{name}/log.txt", "w") as f:
+            f.write(text)
+        bad(capsys, lambda: show(f"log/{name}"), "no log to read")
+        problem = "is empty so far" if name == "empty" else "is of another format"
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("skipped: ") and f"log/{name}/log.txt {problem}" in line
+
+
 def test_larger_vocabularies_are_gpt2s(capsys):
     """Sizes from 50,257 upwards count as equal, and the remarks show the real one."""
     made_up("log/a", "gpt2", 3.0)
@@ -270,7 +353,7 @@ def test_compare_reads_real_runs_and_draws(monkeypatch, capsys):
     first, second, third = compared(capsys, "log", "--plot=curves.png")
     assert first["tokens"] == second["tokens"] == "4,096"
     assert all(row["active"] != "-" for row in (first, second, third))
-    assert float(first["validation loss"]) == stream_of("val", f"log/{first['model']}-tiny")[-1]
+    assert float(first["full validation loss"]) == stream_of("val_full", f"log/{first['model']}-tiny")[-1]
     assert pyplot.imread("curves.png").std() > 0.05
     assert os.path.getsize("curves.png") < 200_000
 
