@@ -26,6 +26,7 @@ import re
 import sys
 from collections import defaultdict
 from dataclasses import dataclass, fields
+from functools import cached_property
 from statistics import mode
 
 import numpy as np
@@ -69,7 +70,7 @@ class Result:
     info: dict  # the content of run.json
     has_run_json: bool
 
-    @property
+    @cached_property
     def parts(self):
         """The training as a list of (first step, step after the last, config), one for each start
         of which updates remain: a start ends where a later one goes on, or goes back to."""
@@ -121,7 +122,7 @@ class Result:
         config = self.info["config"]
         return os.path.basename(config["hellaswag_file"]), config["hella_limit"]
 
-    @property
+    @cached_property
     def steps(self):
         """The number of updates made. The line "s train" is written by update s + 1."""
         return max(step + 1 if name == "train" else step
@@ -235,10 +236,7 @@ class Group:
         self.accuracies = self.curves["hella"].get(self.hella_step, [])
         same_items = all(result.items == first.items for result in results)
         self.items = first.items if same_items else None
-        # the fraction of runs that had each item right, float (items,), or None if unknown
-        correct = [result.correct(self.hella_step) for result in results]
-        complete = all(each is not None and len(each) == len(correct[0]) for each in correct)
-        self.correct = np.mean(correct, axis=0) if same_items and complete else None
+        self.correct = self.correct_at(self.hella_step)
         self.reasons = [] if first.has_run_json else [NO_RUN_JSON]  # why it is not comparable
         self.remarks = []  # what else sets it apart from other groups
 
@@ -252,6 +250,21 @@ class Group:
         curves = [result.curves[name] for result in self.results]
         steps = set.intersection(*map(set, curves))
         return {step: [curve[step] for curve in curves] for step in sorted(steps)}
+
+    def correct_at(self, step):
+        """Return the fraction of runs that had each HellaSwag item right at a step, float (items,),
+        or None if unknown."""
+        correct = [result.correct(step) for result in self.results]
+        complete = all(each is not None and len(each) == len(correct[0]) for each in correct)
+        return np.mean(correct, axis=0) if self.items and complete else None
+
+    def hella_error(self, step):
+        """Return the standard error, over the items, of HellaSwag's accuracy at a step."""
+        correct = self.correct_at(step)
+        if correct is not None:
+            return correct.std() / math.sqrt(len(correct))
+        p = np.mean(self.curves["hella"][step])
+        return math.sqrt(abs(p * (1 - p)) / (self.info["config"]["hella_limit"] or math.nan))
 
 
 def cluster(results):
@@ -383,12 +396,7 @@ def accuracy(group):
     """Return the cell of HellaSwag's accuracy, with its standard error over the items."""
     if group.items is None or not group.accuracies:
         return "-"
-    if group.correct is None:
-        p = np.mean(group.accuracies)
-        error = math.sqrt(abs(p * (1 - p)) / (group.info["config"]["hella_limit"] or math.nan))
-    else:
-        error = group.correct.std() / math.sqrt(len(group.correct))
-    return mean_and_range(group.accuracies, f" ± {error:.4f}")
+    return mean_and_range(group.accuracies, f" ± {group.hella_error(group.hella_step):.4f}")
 
 
 def throughput(group):
@@ -434,8 +442,61 @@ def table(groups, stream):
     return "\n".join([head, rule, *lines])
 
 
+def legend_label(group, groups):
+    """Return the architecture and the few options in which its groups differ. Where that does not
+    tell them apart, return the label of the table."""
+    same_arch = [other.options for other in groups if other.arch == group.arch]
+    differing = [name for name in sorted(set().union(*same_arch))
+                 if len({options.get(name) for options in same_arch}) > 1]
+    if len(differing) > 3 or same_arch.count(group.options) > 1:
+        return group.label
+    options = [f"{name}={shown(group.options.get(name))}" for name in differing]
+    return " ".join([os.path.basename(group.arch), *options])
+
+
+def draw(axis, groups, name, unit):
+    """Draw the stream "val" or "hella" of each group over "tokens" or "FLOPs"."""
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    scales = [group.info["flops_per_token"] if unit == "FLOPs" else 1.0 for group in groups]
+    end = max(1, np.nanmax([group.results[0].tokens(group.steps) * scale
+                            for group, scale in zip(groups, scales)]))
+    for i, (group, scale) in enumerate(zip(groups, scales)):
+        # without step 0, whose loss is that of the untrained model
+        curve = {step: values for step, values in group.curves[name].items() if step > 0}
+        x = np.array([group.results[0].tokens(step) * scale for step in curve])
+        errors = None
+        if name == "hella":
+            errors = [group.hella_error(step) for step in curve]
+            x += (i - (len(groups) - 1) / 2) * 0.008 * end  # so that the bars stand side by side
+        else:
+            lows, highs = map(min, curve.values()), map(max, curve.values())
+            axis.fill_between(x, list(lows), list(highs), color=f"C{i}", alpha=0.2, lw=0)
+        label = legend_label(group, groups).replace("$", r"\$")  # dollars enclose a formula
+        every = max(1, len(x) // 10)  # a marker and a bar at about ten points, the last is one
+        every = (len(x) - 1) % every, every
+        axis.errorbar(x, [np.mean(values) for values in curve.values()], errors, label=label,
+                      color=f"C{i}", marker="os^Dv<>PX"[i % 9], fillstyle="none", lw=1.2,
+                      markevery=every, errorevery=every, ls="--" if group.reasons else "-")
+    if name == "hella":
+        axis.axhline(0.25, color="grey")
+        axis.text(0.01 * end, 0.25, "chance", color="grey", va="bottom")
+    axis.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    if unit == "FLOPs":
+        power = math.floor(math.log10(end))
+        axis.xaxis.set_major_formatter(lambda x, _: f"{x / 10 ** power:.3g}")
+        unit = f"1e{power} FLOPs"
+    else:
+        short = EngFormatter(sep="")
+        axis.xaxis.set_major_formatter(lambda x, _: short(x).replace("G", "B"))
+    axis.set(xlabel=unit, xlim=(0, 1.05 * end))
+    axis.set_ylabel({"val": "validation loss", "hella": "HellaSwag ± standard error"}[name])
+    axis.grid(alpha=0.3)
+
+
 def plot(groups, path):
-    """Draw validation loss and HellaSwag over tokens and FLOPs; dashed: not comparable."""
+    """Draw validation loss and HellaSwag over tokens and, if the models differ in FLOPs per token,
+    over FLOPs. Shades: from the lowest to the highest seed."""
     try:
         import matplotlib
     except ImportError:
@@ -443,25 +504,18 @@ def plot(groups, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), sharey="row", layout="constrained")
-    panels = [("val", "tokens"), ("val", "FLOPs"), ("hella", "tokens"), ("hella", "FLOPs")]
-    titles = {"val": "validation loss", "hella": "HellaSwag acc_norm"}
-    for axis, (name, unit) in zip(axes.flat, panels):
-        for i, group in enumerate(groups):
-            # without step 0, whose loss is that of the untrained model
-            curve = {step: values for step, values in group.curves[name].items() if step > 0}
-            scale = group.info["flops_per_token"] if unit == "FLOPs" else 1.0
-            x = [group.results[0].tokens(step) * scale for step in curve]
-            means = [np.mean(values) for values in curve.values()]
-            lows = [min(values) for values in curve.values()]
-            highs = [max(values) for values in curve.values()]
-            style = ".--" if group.reasons else ".-"
-            label = group.label.replace("$", r"\$")  # matplotlib reads a formula between dollars
-            axis.plot(x, means, style, color=f"C{i}", label=label)
-            axis.fill_between(x, lows, highs, color=f"C{i}", alpha=0.2, lw=0)
-        axis.set(xlabel=unit, ylabel=titles[name], xlim=(0, None))
-        axis.grid(alpha=0.3)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    flops = {group.info["flops_per_token"] for group in groups}
+    units = ["tokens", "FLOPs"] if sum(f > 0 for f in flops) > 1 else ["tokens"]
+    width = 5.5 * len(units)
+    figure, axes = plt.subplots(2, len(units), figsize=(width, 7.5), sharey="row", squeeze=False,
+                                layout="constrained")
+    for row, name in zip(axes, ("val", "hella")):
+        for axis, unit in zip(row, units):
+            draw(axis, groups, name, unit)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    title = "dashed: not comparable" if any(group.reasons for group in groups) else None
+    figure.legend(handles, labels, loc="outside lower center", title=title,
+                  ncols=max(1, int(11 * width / (max(map(len, labels)) + 7))))
     try:
         figure.savefig(path, dpi=90)
     except ValueError as error:

@@ -21,7 +21,7 @@ import compare
 from conftest import bad, quick, stream_of, train
 
 
-def made_up(folder, arch="gpt2", val=4.0, hits=None, steps=1000, every=500, **options):
+def made_up(folder, arch="gpt2", val=4.0, hits=None, steps=1000, every=500, flops_per_token=8e6, **options):
     """Make a folder as a run leaves it behind; the validation loss falls by 1 every `every` steps, to val.
 
     hits says for each HellaSwag item whether it was right; options replace values of the run's config."""
@@ -43,7 +43,7 @@ def made_up(folder, arch="gpt2", val=4.0, hits=None, steps=1000, every=500, **op
         "config": config,
         "params": {"total": 1234, "active": 1000, "non_embedding": 900},
         "device": "cpu",
-        "flops_per_token": 8e6,
+        "flops_per_token": flops_per_token,
         "processes": 2,
         "tokens_per_second": 500,
     }
@@ -356,6 +356,55 @@ def test_compare_reads_real_runs_and_draws(monkeypatch, capsys):
     assert float(first["full validation loss"]) == stream_of("val_full", f"log/{first['model']}-tiny")[-1]
     assert pyplot.imread("curves.png").std() > 0.05
     assert os.path.getsize("curves.png") < 200_000
+
+
+def drawn(capsys, *paths):
+    """Return the axes that --plot draws, and the texts of the legend."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    compared(capsys, *paths, "--plot=curves.png")
+    figure = pyplot.gcf()
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    return figure.axes, [text.get_text() for text in legend.get_texts()]
+
+
+def ticks(axis):
+    """Return the labels along the x axis."""
+    return [text.get_text() for text in axis.get_xticklabels()]
+
+
+def test_the_plot_shows_errors_chance_and_short_labels(capsys):
+    hits = np.arange(100) % 10 < 3
+    made_up("log/a1", "gpt2", 3.0, hits, seed=1, n_layer=3)
+    made_up("log/a2", "gpt2", 3.2, hits, seed=2, n_layer=3)
+    made_up("log/b", "gpt2", 3.3, hits)
+    made_up("log/c", "llama", 3.4, hits)
+    axes, labels = drawn(capsys)
+    assert labels == ["gpt2 n_layer=3", "gpt2 n_layer=2", "llama"]
+    val, hella = axes  # equal FLOPs per token: no second column
+    for axis in axes:
+        assert axis.get_xlabel() == "tokens"
+        assert ticks(axis)[:4] == ["0", "200k", "400k", "600k"]
+        assert len({line.get_marker() for line in axis.get_lines() if line.get_marker() != "None"}) == 3
+    assert [line.get_color() for line in hella.get_lines() if set(line.get_ydata()) == {0.25}] == ["grey"]
+    assert [text.get_text() for text in hella.texts] == ["chance"]
+    bars = [bar.get_segments()[0] for bar in hella.collections]
+    assert [bar[:, 1].tolist() for bar in bars] == [pytest.approx([0.3 - error, 0.3 + error])
+                                                    for error in [math.sqrt(0.3 * 0.7 / 100)] * 3]
+    assert len({bar[0, 0] for bar in bars}) == 3  # side by side
+
+    made_up("log/d", "llama", 3.5, flops_per_token=4e12, total_batch_size=10 ** 7, n_head=3)
+    started("log/d", (0, {"total_batch_size": 10 ** 6}), (500, {}))
+    (_, flops, _, _), labels = drawn(capsys)
+    assert flops.get_xlabel() == "1e22 FLOPs"
+    assert ticks(flops)[:3] == ["0", "0.5", "1"]
+    assert labels[-1] == "llama n_head=3 total_batch_size=10000000"
+    tokens, labels = drawn(capsys, "log/d")
+    assert labels == ["llama"]
+    assert ticks(tokens[0])[:3] == ["0", "1B", "2B"]
+    assert tokens[0].get_lines()[0].get_xdata().tolist() == [0.5e9, 5.5e9]
+    made_up("log/e1", "llama", 3.4, steps=500)
+    assert drawn(capsys, "log/c", "log/e1")[1] == ["llama (c)", "llama (e1)"]
 
 
 def test_compare_says_in_a_line_what_is_wrong(monkeypatch, capsys):
