@@ -9,9 +9,10 @@ A run is a folder with log.txt, run.json (its options) and hella_<step>.npy, whi
 HellaSwag item whether the model was right. A log.txt without run.json is read as build-nanogpt's,
 whose format is the same. Runs that differ only in their seed share a row: mean (low to high).
 
-The lines are sorted by validation loss. Runs that are in progress, or that differ from most runs in
-their data (the name of the data folder), their tokens or their schedule, are not comparable: they
-stand below the others, with the reason.
+The lines are sorted by validation loss: that on the full set (val_full) if all comparable runs have
+it. Runs that are in progress, that changed their training on the way, or that differ from most runs
+in their data (the name of the data folder), their tokens or their schedule, are not comparable:
+they stand below the others, with the reason.
 
 HellaSwag is compared item by item with the first line: the difference in points, its 95% interval
 and a p-value. One run against one run is tested with McNemar's exact test (Dietterich 1998,
@@ -25,6 +26,7 @@ import re
 import sys
 from collections import defaultdict
 from dataclasses import dataclass, fields
+from functools import cached_property
 from statistics import mode
 
 import numpy as np
@@ -35,9 +37,11 @@ from fineweb import Parser, fail, one_line_errors
 # Runs are comparable only if these options are equal.
 SETTING = ("data_dir", "vocab_size", "block_size", "total_batch_size", "max_steps", "warmup_steps",
            "learning_rate", "min_lr_ratio", "val_tokens", "init_from")
-# These options do not change the result, or change it only as another seed would.
-HARMLESS = {field.name for field in fields(RunConfig)} - {"data_dir", "val_tokens"}
-HARMLESS |= {"batch_size", "chunk_size", "recompute"}
+# These options may change when a run resumes: what is trained stays the same.
+NEUTRAL = {field.name for field in fields(RunConfig)} - {"data_dir", "dtype", "seed"}
+NEUTRAL |= {"batch_size", "chunk_size", "recompute"}
+# These do not change the result of a run, or change it only as another seed would.
+HARMLESS = NEUTRAL - {"val_tokens"} | {"dtype", "seed"}
 # Any other option that differs is named in the remarks.
 
 # Types of the values in run.json; "params.total" stands for info["params"]["total"].
@@ -66,14 +70,50 @@ class Result:
     info: dict  # the content of run.json
     has_run_json: bool
 
+    @cached_property
+    def parts(self):
+        """The training as a list of (first step, step after the last, config), one for each start
+        of which updates remain: a start ends where a later one goes on, or goes back to."""
+        parts, end = [], self.steps
+        for start in reversed(self.info["starts"]):
+            if start["step"] < end:
+                parts.insert(0, (start["step"], end, start["config"]))
+                end = start["step"]
+        return parts
+
+    def tokens(self, step):
+        """Return the number of tokens that were trained until a step."""
+        return sum((min(step, end) - first) * config["total_batch_size"]
+                   for first, end, config in self.parts if first < step)
+
+    @property
+    def changes(self):
+        """What changed between the parts of the training and may change the result, as texts."""
+        changes, known = [], {}
+        for first, _, config in self.parts:
+            now = {name: value for name, value in config.items() if name not in NEUTRAL}
+            now["data_dir"] = folder_name(config["data_dir"])
+            for name in sorted(now.keys() & known.keys()):
+                if now[name] != known[name]:
+                    changes.append(f"{name} changed at step {first}: "
+                                   f"{shown(known[name])} -> {shown(now[name])}")
+            known |= now
+        return changes
+
+    @property
+    def config(self):
+        """The options of the latest start. Those that shape the training are of the latest start
+        of which updates remain: resuming a finished run changes nothing but its evaluation."""
+        latest = self.info["config"]
+        trained = self.parts[-1][2] if self.parts else latest
+        return latest | {name: value for name, value in trained.items() if name not in NEUTRAL}
+
     @property
     def options(self):
         """The options that may change the result."""
-        config = self.info["config"]
-        options = {name: value for name, value in config.items() if name not in HARMLESS}
-        options["data_dir"] = os.path.basename(os.path.normpath(config["data_dir"]))
-        options["vocab_size"] = min(config["vocab_size"], 50257)  # tokens above are padding
-        options["init_from"] = config.get("init_from", "")  # only GPT-2 has this option
+        options = {name: value for name, value in self.config.items() if name not in HARMLESS}
+        options["data_dir"] = folder_name(options["data_dir"])
+        options["init_from"] = options.get("init_from", "")  # only GPT-2 has this option
         return options
 
     @property
@@ -82,7 +122,7 @@ class Result:
         config = self.info["config"]
         return os.path.basename(config["hellaswag_file"]), config["hella_limit"]
 
-    @property
+    @cached_property
     def steps(self):
         """The number of updates made. The line "s train" is written by update s + 1."""
         return max(step + 1 if name == "train" else step
@@ -90,7 +130,13 @@ class Result:
 
     @property
     def finished(self):
-        return self.steps >= self.info["config"]["max_steps"]
+        return self.steps >= self.config["max_steps"]
+
+    @property
+    def diverged(self):
+        """Whether the last validation loss is nan or infinite."""
+        curves = [self.curves[name] for name in ("val", "val_full") if self.curves[name]]
+        return not all(math.isfinite(curve[max(curve)]) for curve in curves)
 
     def correct(self, step):
         """Return which HellaSwag items were right at a step, bool (items,), or None if unknown."""
@@ -106,6 +152,14 @@ class Result:
         return correct
 
 
+def folder_name(path):
+    return os.path.basename(os.path.normpath(path))
+
+
+def shown(value):
+    return "''" if value == "" else value
+
+
 def check_types(info):
     """Raise an error that names the key if a value of run.json is missing or has a wrong type."""
     for name, types in RUN_JSON.items():
@@ -114,9 +168,13 @@ def check_types(info):
             value = value[key]
         if not isinstance(value, types):
             raise TypeError(f"{name} cannot be {value!r}")
-    for name, value in info["config"].items():
-        if not isinstance(value, NUMBER | str):
-            raise TypeError(f"config.{name} cannot be {value!r}")
+    starts = info.get("starts", [])
+    if not all(isinstance(start["step"], int) for start in starts):
+        raise TypeError("the step of a start is not a number")
+    for config in [info["config"], *(start["config"] for start in starts)]:
+        for name, value in config.items():
+            if not isinstance(value, RUN_JSON.get(f"config.{name}", NUMBER | str)):
+                raise TypeError(f"config.{name} cannot be {value!r}")
 
 
 def read_result(path):
@@ -130,13 +188,16 @@ def read_result(path):
                 step, name, value = match.groups()
                 curves[name][int(step)] = float(value)
     run_json = os.path.join(folder, "run.json")
-    if not os.path.exists(run_json):
-        # the folder takes the place of the architecture, so that no other run joins the group
-        return Result(folder, curves, {"arch": folder, **BUILD_NANOGPT}, has_run_json=False)
-    with open(run_json) as file:
-        info = {"tokens_per_second": None} | json.load(file)
-    check_types(info)
-    return Result(folder, curves, info, has_run_json=True)
+    has_run_json = os.path.exists(run_json)
+    # the folder takes the place of the architecture, so that no other run joins the group
+    info = {"arch": folder, **BUILD_NANOGPT}
+    if has_run_json:
+        with open(run_json) as file:
+            info = {"tokens_per_second": None} | json.load(file)
+        check_types(info)
+    # before there was a list of starts, run.json described the only one
+    info.setdefault("starts", [{"step": 0, "config": info["config"]}])
+    return Result(folder, curves, info, has_run_json)
 
 
 def find_logs(paths):
@@ -163,22 +224,26 @@ class Group:
         self.arch = first.info["arch"]
         self.label = os.path.basename(self.arch)
         self.options = first.options
+        self.changes = first.changes
         self.setting = {name: self.options.get(name) for name in SETTING}
+        # GPT-2's tokenizer serves every larger vocabulary: the tokens above are padding
+        self.setting["vocab_size"] = min(self.options["vocab_size"], 50257)
         self.steps = min(result.steps for result in results)
-        self.curves = {"val": self.common_curve("val"), "hella": self.common_curve("hella")}
+        self.curves = {name: self.common_curve(name) for name in ("val", "val_full", "hella")}
         self.val_step = max(self.curves["val"], default=None)
         self.losses = self.curves["val"].get(self.val_step, [])  # a value for each run
-        self.loss = np.mean(self.losses) if self.losses else math.nan
         self.hella_step = max(self.curves["hella"], default=None)
         self.accuracies = self.curves["hella"].get(self.hella_step, [])
         same_items = all(result.items == first.items for result in results)
         self.items = first.items if same_items else None
-        # the fraction of runs that had each item right, float (items,), or None if unknown
-        correct = [result.correct(self.hella_step) for result in results]
-        complete = all(each is not None and len(each) == len(correct[0]) for each in correct)
-        self.correct = np.mean(correct, axis=0) if same_items and complete else None
+        self.correct = self.correct_at(self.hella_step)
         self.reasons = [] if first.has_run_json else [NO_RUN_JSON]  # why it is not comparable
         self.remarks = []  # what else sets it apart from other groups
+
+    def place(self):
+        """Return the key that sorts the table."""
+        loss = np.mean(self.losses or [math.nan])
+        return len(self.reasons) > 0, not math.isfinite(loss), loss
 
     def common_curve(self, name):
         """Return {step: [the value of each run]} for the steps that all runs have, in order."""
@@ -186,34 +251,55 @@ class Group:
         steps = set.intersection(*map(set, curves))
         return {step: [curve[step] for curve in curves] for step in sorted(steps)}
 
+    def correct_at(self, step):
+        """Return the fraction of runs that had each HellaSwag item right at a step, float (items,),
+        or None if unknown."""
+        correct = [result.correct(step) for result in self.results]
+        complete = all(each is not None and len(each) == len(correct[0]) for each in correct)
+        return np.mean(correct, axis=0) if self.items and complete else None
+
+    def hella_error(self, step):
+        """Return the standard error, over the items, of HellaSwag's accuracy at a step."""
+        correct = self.correct_at(step)
+        if correct is not None:
+            return correct.std() / math.sqrt(len(correct))
+        p = np.mean(self.curves["hella"][step])
+        return math.sqrt(abs(p * (1 - p)) / (self.info["config"]["hella_limit"] or math.nan))
+
 
 def cluster(results):
-    """Return the groups of the results, sorted by validation loss; groups without one come last."""
+    """Return the groups of the results, best first. No seed that diverged is among others."""
     clusters = defaultdict(list)
     for result in results:
-        key = result.info["arch"], result.finished, frozenset(result.options.items())
+        key = (result.info["arch"], result.finished, result.diverged, tuple(result.changes),
+               frozenset(result.options.items()))
         clusters[key].append(result)
-    groups = [Group(members) for members in clusters.values()]
-    return sorted(groups, key=lambda group: (math.isnan(group.loss), group.loss))
+    return sorted(map(Group, clusters.values()), key=Group.place)
 
 
-def usual_setting(groups):
-    """Return the setting of most runs. If several are equally common, the longest one wins."""
+def usual_group(groups):
+    """Return a group with the setting of most runs, of those whose setting did not change on the
+    way, if there are any. If several are equally common, the longest one wins."""
+    groups = [group for group in groups if not group.changes] or groups
     settings = [group.setting for group in groups for _ in group.results]
-    return max(settings, key=lambda setting: (settings.count(setting), setting["max_steps"]))
+    return max(groups, key=lambda g: (settings.count(g.setting), g.setting["max_steps"]))
 
 
 def reasons_not_comparable(group, usual):
-    """Return the reasons why a group is not comparable with groups of the usual setting."""
-    reasons = []
-    for name, value in group.setting.items():
-        if value != usual[name]:
-            expected = "''" if usual[name] == "" else usual[name]
+    """Return the reasons why a group is not comparable with groups of the usual group's setting."""
+    reasons = list(group.changes)
+    for name in SETTING:
+        if group.setting[name] != usual.setting[name]:
+            value, expected = (shown(each.options.get(name)) for each in (group, usual))
             reasons.append(f"{name}={value} instead of {expected}")
     if not group.results[0].finished:
         reasons.append(f"in progress, step {group.steps} of {group.options['max_steps']}")
+    elif not group.losses:
+        reasons.append("no validation loss")
     elif group.val_step != group.steps:
         reasons.append(f"validation loss of step {group.val_step}, not {group.steps}")
+    if group.results[0].diverged:
+        reasons.append("it diverged")
     return reasons
 
 
@@ -230,7 +316,7 @@ def remark(group, groups):
             remarks.append(f"{name} is not in its run.json")
         elif group.options[name] != most_common:
             remarks.append(f"{name}={group.options[name]}")
-    seeds = {result.info["config"].get("seed") for result in group.results}
+    seeds = {result.config.get("seed") for result in group.results}
     if len(seeds) < len(group.results):
         remarks.append("a seed comes twice")
     if group.correct is None and any(result.curves["hella"] for result in group.results):
@@ -238,16 +324,37 @@ def remark(group, groups):
     return remarks
 
 
+def choose_stream(groups):
+    """Let the table show val_full, the loss on more tokens at the end of a run, if all comparable
+    runs have it. Return the stream that the table shows: "val_full" or "val"."""
+    comparable = [group for group in groups if not group.reasons]
+    sizes = {result.config.get("val_full_tokens") for g in comparable for result in g.results}
+    if len(sizes) != 1 or any(g.steps not in g.curves["val_full"] for g in comparable):
+        return "val"
+    for group in groups:
+        if group.steps in group.curves["val_full"]:
+            group.val_step = group.steps
+            group.losses = group.curves["val_full"][group.steps]
+        elif group.losses:
+            group.remarks.append("validation loss: val, not val_full")
+    return "val_full"
+
+
 def rank(results):
-    """Return the groups in the order of the table, with reasons, remarks and distinct labels."""
+    """Return the groups in the order of the table, with reasons, remarks and distinct labels, and
+    the stream of the validation loss that they show."""
     groups = cluster(results)
     described = [group for group in groups if group.results[0].has_run_json]
     for group in described:
-        group.reasons = reasons_not_comparable(group, usual_setting(described))
+        group.reasons = reasons_not_comparable(group, usual_group(described))
         group.remarks = remark(group, described)
         if sum(other.arch == group.arch for other in described) > 1:
             group.label += f" ({os.path.basename(group.results[0].folder)})"
-    return sorted(groups, key=lambda group: len(group.reasons) > 0)
+    stream = choose_stream(groups)
+    for group in groups:
+        if group.losses and group.hella_step not in (None, group.val_step):
+            group.remarks.append(f"HellaSwag of step {group.hella_step}")
+    return sorted(groups, key=Group.place), stream
 
 
 def sign_test(wins, losses):
@@ -280,20 +387,16 @@ def difference(group, first):
 def mean_and_range(values, error=""):
     if not values:
         return "-"
-    limits = f" ({min(values):.4f} to {max(values):.4f})" if len(values) > 1 else ""
-    return f"{np.mean(values):.4f}{error}{limits}"
+    if len(values) == 1 or not np.isfinite(values).all():
+        return f"{np.mean(values):.4f}{error}"
+    return f"{np.mean(values):.4f}{error} ({min(values):.4f} to {max(values):.4f})"
 
 
 def accuracy(group):
     """Return the cell of HellaSwag's accuracy, with its standard error over the items."""
     if group.items is None or not group.accuracies:
         return "-"
-    if group.correct is None:
-        p = np.mean(group.accuracies)
-        error = math.sqrt(abs(p * (1 - p)) / (group.info["config"]["hella_limit"] or math.nan))
-    else:
-        error = group.correct.std() / math.sqrt(len(group.correct))
-    return mean_and_range(group.accuracies, f" ± {error:.4f}")
+    return mean_and_range(group.accuracies, f" ± {group.hella_error(group.hella_step):.4f}")
 
 
 def throughput(group):
@@ -311,7 +414,7 @@ def number(value, form=","):
     return "-" if math.isnan(value) else format(value, form)
 
 
-def table_row(group, first):
+def table_row(group, first, stream):
     """Return the line of a group as {column: cell}. `first` is the group of the first line."""
     points, p = difference(group, first)
     reasons = ["not comparable: " + "; ".join(group.reasons)] if group.reasons else []
@@ -320,17 +423,17 @@ def table_row(group, first):
         "parameters": number(group.info["params"]["total"]),
         "active": number(group.info["params"]["active"]),
         "MFLOP/token": number(group.info["flops_per_token"] / 1e6, ",.1f"),
-        "tokens": number(group.steps * group.options["total_batch_size"]),
-        "validation loss": mean_and_range(group.losses),
+        "tokens": number(group.results[0].tokens(group.steps)),
+        {"val": "", "val_full": "full "}[stream] + "validation loss": mean_and_range(group.losses),
         "HellaSwag acc_norm": accuracy(group),
         "points to the first": points, "p": p,
         "tokens/s": throughput(group),
         "remarks": "; ".join(reasons + group.remarks)}
 
 
-def table(groups):
+def table(groups, stream):
     """Return the table in Markdown."""
-    rows = [table_row(group, groups[0]) for group in groups]
+    rows = [table_row(group, groups[0], stream) for group in groups]
     rows = [list(rows[0]), *(row.values() for row in rows)]
     rows = [[" ".join(cell.split()).replace("|", "/") for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -339,8 +442,61 @@ def table(groups):
     return "\n".join([head, rule, *lines])
 
 
+def legend_label(group, groups):
+    """Return the architecture and the few options in which its groups differ. Where that does not
+    tell them apart, return the label of the table."""
+    same_arch = [other.options for other in groups if other.arch == group.arch]
+    differing = [name for name in sorted(set().union(*same_arch))
+                 if len({options.get(name) for options in same_arch}) > 1]
+    if len(differing) > 3 or same_arch.count(group.options) > 1:
+        return group.label
+    options = [f"{name}={shown(group.options.get(name))}" for name in differing]
+    return " ".join([os.path.basename(group.arch), *options])
+
+
+def draw(axis, groups, name, unit):
+    """Draw the stream "val" or "hella" of each group over "tokens" or "FLOPs"."""
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    scales = [group.info["flops_per_token"] if unit == "FLOPs" else 1.0 for group in groups]
+    end = max(1, np.nanmax([group.results[0].tokens(group.steps) * scale
+                            for group, scale in zip(groups, scales)]))
+    for i, (group, scale) in enumerate(zip(groups, scales)):
+        # without step 0, whose loss is that of the untrained model
+        curve = {step: values for step, values in group.curves[name].items() if step > 0}
+        x = np.array([group.results[0].tokens(step) * scale for step in curve])
+        errors = None
+        if name == "hella":
+            errors = [group.hella_error(step) for step in curve]
+            x += (i - (len(groups) - 1) / 2) * 0.008 * end  # so that the bars stand side by side
+        else:
+            lows, highs = map(min, curve.values()), map(max, curve.values())
+            axis.fill_between(x, list(lows), list(highs), color=f"C{i}", alpha=0.2, lw=0)
+        label = legend_label(group, groups).replace("$", r"\$")  # dollars enclose a formula
+        every = max(1, len(x) // 10)  # a marker and a bar at about ten points, the last is one
+        every = (len(x) - 1) % every, every
+        axis.errorbar(x, [np.mean(values) for values in curve.values()], errors, label=label,
+                      color=f"C{i}", marker="os^Dv<>PX"[i % 9], fillstyle="none", lw=1.2,
+                      markevery=every, errorevery=every, ls="--" if group.reasons else "-")
+    if name == "hella":
+        axis.axhline(0.25, color="grey")
+        axis.text(0.01 * end, 0.25, "chance", color="grey", va="bottom")
+    axis.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    if unit == "FLOPs":
+        power = math.floor(math.log10(end))
+        axis.xaxis.set_major_formatter(lambda x, _: f"{x / 10 ** power:.3g}")
+        unit = f"1e{power} FLOPs"
+    else:
+        short = EngFormatter(sep="")
+        axis.xaxis.set_major_formatter(lambda x, _: short(x).replace("G", "B"))
+    axis.set(xlabel=unit, xlim=(0, 1.05 * end))
+    axis.set_ylabel({"val": "validation loss", "hella": "HellaSwag ± standard error"}[name])
+    axis.grid(alpha=0.3)
+
+
 def plot(groups, path):
-    """Draw validation loss and HellaSwag over tokens and FLOPs; dashed: not comparable."""
+    """Draw validation loss and HellaSwag over tokens and, if the models differ in FLOPs per token,
+    over FLOPs. Shades: from the lowest to the highest seed."""
     try:
         import matplotlib
     except ImportError:
@@ -348,27 +504,18 @@ def plot(groups, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), sharey="row", layout="constrained")
-    panels = [("val", "tokens"), ("val", "FLOPs"), ("hella", "tokens"), ("hella", "FLOPs")]
-    titles = {"val": "validation loss", "hella": "HellaSwag acc_norm"}
-    for axis, (name, unit) in zip(axes.flat, panels):
-        for i, group in enumerate(groups):
-            # without step 0, whose loss is that of the untrained model
-            curve = {step: values for step, values in group.curves[name].items() if step > 0}
-            scale = group.options["total_batch_size"]
-            if unit == "FLOPs":
-                scale *= group.info["flops_per_token"]
-            x = [float(step * scale) for step in curve]
-            means = [np.mean(values) for values in curve.values()]
-            lows = [min(values) for values in curve.values()]
-            highs = [max(values) for values in curve.values()]
-            style = ".--" if group.reasons else ".-"
-            label = group.label.replace("$", r"\$")  # matplotlib reads a formula between dollars
-            axis.plot(x, means, style, color=f"C{i}", label=label)
-            axis.fill_between(x, lows, highs, color=f"C{i}", alpha=0.2, lw=0)
-        axis.set(xlabel=unit, ylabel=titles[name], xlim=(0, None))
-        axis.grid(alpha=0.3)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    flops = {group.info["flops_per_token"] for group in groups}
+    units = ["tokens", "FLOPs"] if sum(f > 0 for f in flops) > 1 else ["tokens"]
+    width = 5.5 * len(units)
+    figure, axes = plt.subplots(2, len(units), figsize=(width, 7.5), sharey="row", squeeze=False,
+                                layout="constrained")
+    for row, name in zip(axes, ("val", "hella")):
+        for axis, unit in zip(row, units):
+            draw(axis, groups, name, unit)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    title = "dashed: not comparable" if any(group.reasons for group in groups) else None
+    figure.legend(handles, labels, loc="outside lower center", title=title,
+                  ncols=max(1, int(11 * width / (max(map(len, labels)) + 7))))
     try:
         figure.savefig(path, dpi=90)
     except ValueError as error:
@@ -393,16 +540,18 @@ def main():
             message = f"skipped: {path}, or run.json beside it, is damaged: {error!r}"
             print(message[:500], file=sys.stderr)
             continue
-        if result.curves:
+        if result.curves.keys() & {"train", "val", "hella"}:
             results.append(result)
         else:
-            print(f"skipped: {path} has no complete line yet", file=sys.stderr)
+            problem = ("is of another format: it has no line such as '0 val 10.9527'"
+                       if os.path.getsize(path) else "is empty so far")
+            print(f"skipped: {path} {problem}", file=sys.stderr)
     if not results:
         fail(f"no log to read in {' '.join(args.paths)}: train first, or name the folders of runs")
 
-    groups = rank(results)
+    groups, stream = rank(results)
     sys.stdout.reconfigure(errors="replace")  # the terminal may not be able to show ±
-    print(table(groups), flush=True)
+    print(table(groups, stream), flush=True)
     if args.plot:
         plot(groups, args.plot)
 

@@ -21,7 +21,7 @@ import compare
 from conftest import bad, quick, stream_of, train
 
 
-def made_up(folder, arch="gpt2", val=4.0, hits=None, steps=1000, every=500, **options):
+def made_up(folder, arch="gpt2", val=4.0, hits=None, steps=1000, every=500, flops_per_token=8e6, **options):
     """Make a folder as a run leaves it behind; the validation loss falls by 1 every `every` steps, to val.
 
     hits says for each HellaSwag item whether it was right; options replace values of the run's config."""
@@ -43,7 +43,7 @@ def made_up(folder, arch="gpt2", val=4.0, hits=None, steps=1000, every=500, **op
         "config": config,
         "params": {"total": 1234, "active": 1000, "non_embedding": 900},
         "device": "cpu",
-        "flops_per_token": 8e6,
+        "flops_per_token": flops_per_token,
         "processes": 2,
         "tokens_per_second": 500,
     }
@@ -63,18 +63,32 @@ def made_up(folder, arch="gpt2", val=4.0, hits=None, steps=1000, every=500, **op
     write_json(f"{folder}/run.json", run)
 
 
+def started(folder, *starts):
+    """Give the run.json of a made-up run a list of starts: (step, what differs in its config), the last one on top."""
+    with open(f"{folder}/run.json") as f:
+        run = json.load(f)
+    run["starts"] = [{"step": step, "config": run["config"] | options} for step, options in starts]
+    run["config"] = run["starts"][-1]["config"]
+    write_json(f"{folder}/run.json", run)
+
+
 def write_json(path, content):
     """Write an object as JSON."""
     with open(path, "w") as f:
         json.dump(content, f)
 
 
-def compared(capsys, *arguments):
-    """Return what compare.py prints for these arguments: its rows as dicts, in order."""
-    capsys.readouterr()
+def show(*arguments):
+    """Call compare.py as if from the shell."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["compare.py", *arguments])
         compare.main()
+
+
+def compared(capsys, *arguments):
+    """Return what compare.py prints for these arguments: its rows as dicts, in order."""
+    capsys.readouterr()
+    show(*arguments)
     lines = capsys.readouterr().out.splitlines()
     head, rule, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert set("".join(rule)) == {"-"}
@@ -204,6 +218,133 @@ def test_what_is_not_comparable_is_marked(capsys):
     assert "no run.json" in peer["remarks"]
 
 
+def test_what_changed_on_the_way_is_counted_and_named(capsys):
+    made_up("log/a", "llama", 3.0)
+    made_up("log/steady", "gpt2", 3.1)  # what may change, and a key that the old config lacks
+    free = dict(batch_size=2, log_dir="x", device="cuda", compile=True, eval_interval=9, resume="auto", hella_limit=9,
+                keep_checkpoints=3, hellaswag_file="y", val_tokens=9, data_dir="/moved/data/", momentum=0.95)
+    started("log/steady", (0, {}), (500, free), (600, {"learning_rate": 9.0}), (600, {}), (1000, {"max_steps": 1000}))
+    made_up("log/finished", "gemma", 3.2)  # neither the start that was lost nor the one that only evaluated counts
+    started("log/finished", (0, {}), (700, {"beta2": 0.5}), (300, {}), (1000, {"beta2": 0.6, "max_steps": 2000}))
+    made_up("log/b", "phi", 3.0, learning_rate=0.001)
+    started("log/b", (0, {}), (500, {"learning_rate": 0.0005}))
+    made_up("log/c", "rwkv", 3.0)
+    started("log/c", (0, {"total_batch_size": 500}), (400, {"total_batch_size": 2000}), (300, {}), (600, {}))
+    made_up("log/c2", "rwkv", 3.0, seed=2)  # another group than the seed whose steps grew
+    made_up("log/d", "mistral", 3.0)
+    names = ("max_steps", "warmup_steps", "min_lr_ratio", "weight_decay", "beta1", "beta2", "grad_clip", "optimizer",
+             "seed", "data_dir", "dtype", "momentum", "init_from")
+    started("log/d", (0, {name: "a" for name in names} | {"max_steps": 3}),
+            (20, {name: "" if name == "init_from" else "b" for name in names} | {"max_steps": 1000}))
+    made_up("log/e", "deepseek", 3.0, steps=500)  # shortened after its last step: its learning rate never fell
+    started("log/e", (0, {}), (500, {"max_steps": 500}))
+    rows = {row["model"]: row for row in compared(capsys)}
+    assert list(rows)[:4] == ["llama", "rwkv (c2)", "gpt2", "gemma"]
+    assert [row["remarks"] for row in rows.values()][:4] == ["", "", "", ""]
+    assert [row["tokens"] for row in rows.values()][:4] == ["1,000,000"] * 4
+    assert rows["phi"]["remarks"].startswith(
+        "not comparable: learning_rate changed at step 500: 0.001 -> 0.0005; learning_rate=0.0005 instead of None")
+    assert rows["phi"]["tokens"] == "1,000,000"
+    assert rows["rwkv (c)"]["remarks"] == "not comparable: total_batch_size changed at step 300: 500 -> 1000"
+    assert rows["rwkv (c)"]["tokens"] == f"{300 * 500 + 700 * 1000:,}"
+    for name in names:
+        old, new = {"max_steps": ("3", "1000"), "init_from": ("a", "''")}.get(name, ("a", "b"))
+        assert f"{name} changed at step 20: {old} -> {new};" in rows["mistral"]["remarks"] + ";"
+    assert rows["deepseek"]["remarks"] == "not comparable: in progress, step 500 of 1000"
+
+
+def add_to_log(folder, *lines):
+    """Add lines to the log of a made-up run."""
+    with open(f"{folder}/log.txt", "a") as f:
+        f.writelines(f"{line}\n" for line in lines)
+
+
+def test_hellaswag_of_another_step_is_named(capsys):
+    hits = np.arange(100) % 10 < 3
+    for seed in 1, 2:
+        made_up(f"log/{seed}", "gpt2", 3.0, seed=seed)
+        add_to_log(f"log/{seed}", "100 hella 0.3")
+        np.save(f"log/{seed}/hella_100.npy", hits)
+    add_to_log("log/2", "1000 hella 0.3")  # only one seed has it
+    np.save("log/2/hella_1000.npy", hits)
+    made_up("log/a", "llama", 3.1, hits)
+    made_up("log/b", "phi", 3.2)
+    for folder in "log/1", "log/2", "log/a", "log/b":
+        assert [row["remarks"] for row in compared(capsys)] == ["HellaSwag of step 100", "", ""]
+        add_to_log(folder, "1000 val_full 3.0")
+    assert [row["remarks"] for row in compared(capsys)] == ["HellaSwag of step 100", "", ""]
+    os.remove("log/1/run.json")
+    assert "HellaSwag of step 100" in compared(capsys, "log/1")[0]["remarks"]
+
+
+def test_the_full_validation_loss_ranks_where_all_have_it(capsys):
+    made_up("log/a1", "gpt2", 3.0, seed=1, val_full_tokens=9)
+    made_up("log/a2", "gpt2", 3.2, seed=2, val_full_tokens=9)
+    made_up("log/b", "llama", 3.2, val_full_tokens=9)
+    made_up("log/c", "phi", 2.0, steps=500, val_full_tokens=9)
+    add_to_log("log/a1", "1000 val_full 3.4")
+    add_to_log("log/a2", "1000 val_full 3.6")
+    for lines in [], ["500 val_full 3.3"]:  # not at the last step
+        add_to_log("log/b", *lines)
+        rows = compared(capsys)
+        assert [row["model"] for row in rows] == ["gpt2", "llama", "phi"]
+        assert rows[0]["validation loss"] == "3.1000 (3.0000 to 3.2000)"
+    add_to_log("log/b", "1000 val_full 3.3")
+    rows = compared(capsys)
+    assert [row["full validation loss"] for row in rows] == ["3.3000", "3.5000 (3.4000 to 3.6000)", "2.0000"]
+    assert [row["remarks"] for row in rows] == [
+        "", "", "not comparable: in progress, step 500 of 1000; validation loss: val, not val_full"]
+    assert "validation loss" in compared(capsys, "log/c")[0]
+    started("log/b", (0, {"val_full_tokens": 8}))  # other tokens
+    assert [row["validation loss"] for row in compared(capsys)][1:] == ["3.2000", "2.0000"]
+
+
+def test_a_run_that_diverged_comes_last(capsys):
+    made_up("log/a1", "gpt2", 3.0, seed=1)
+    made_up("log/a2", "gpt2", 3.0, seed=2)
+    made_up("log/a3", "gpt2", math.nan, seed=3)
+    made_up("log/a4", "gpt2", math.nan, seed=4)
+    made_up("log/b", "llama", math.inf)
+    made_up("log/c", "phi", 4.0)
+    made_up("log/d", "rwkv", 9.0, data_dir="other")
+    made_up("log/e", "gemma", 3.5)
+    add_to_log("log/e", "500 val nan")  # it recovered
+    rows = compared(capsys)
+    assert [row["model"] for row in rows][:4] == ["gpt2 (a1)", "gemma", "phi", "rwkv"]
+    assert [row["validation loss"] for row in rows][:4] == ["3.0000 (3.0000 to 3.0000)", "3.5000", "4.0000", "9.0000"]
+    remarks = {row["model"]: (row["validation loss"], row["remarks"]) for row in rows[4:]}
+    assert remarks == {"gpt2 (a3)": ("nan", "not comparable: it diverged"),
+                       "llama": ("inf", "not comparable: it diverged")}
+
+
+def test_logs_of_other_programs_are_named(capsys):
+    made_up("log/a")
+    for name, text in {
+            "nanogpt": "iter 0: loss 10.9, time 9ms, mfu -100.00%\n", "modded": "step:0/9 val_loss:10.8\n",
+            "csv": "step,loss\n0,10.9\n", "date": "2024 Nov 26\n", "cut": "0 va", "empty": ""}.items():
+        os.mkdir(f"log/{name}")
+        with open(f"log/{name}/log.txt", "w") as f:
+            f.write(text)
+        bad(capsys, lambda: show(f"log/{name}"), "no log to read")
+        problem = "is empty so far" if name == "empty" else "is of another format"
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("skipped: ") and f"log/{name}/log.txt {problem}" in line
+
+
+def test_larger_vocabularies_are_gpt2s(capsys):
+    """Sizes from 50,257 upwards count as equal, and the remarks show the real one."""
+    made_up("log/a", "gpt2", 3.0)
+    made_up("log/b", "llama", 3.1, vocab_size=50257)
+    made_up("log/c", "phi", 3.2, vocab_size=60000)
+    made_up("log/d", "gemma", 3.3, vocab_size=256)
+    assert [row["remarks"] for row in compared(capsys)] == [
+        "", "", "", "not comparable: vocab_size=256 instead of 50304"]
+    (row,) = [row for row in compared(capsys, "log/a", "log/d") if row["model"] == "gpt2"]
+    assert row["remarks"] in ("", "not comparable: vocab_size=50304 instead of 256")
+    made_up("log/e", "phi", 3.3, vocab_size=256)
+    assert "vocab_size=50304 instead of 256" in compared(capsys, "log/a", "log/d", "log/e")[-1]["remarks"]
+
+
 def test_compare_reads_real_runs_and_draws(monkeypatch, capsys):
     pyplot = pytest.importorskip("matplotlib.pyplot")
     for arch in "gpt2", "deepseek":
@@ -212,9 +353,58 @@ def test_compare_reads_real_runs_and_draws(monkeypatch, capsys):
     first, second, third = compared(capsys, "log", "--plot=curves.png")
     assert first["tokens"] == second["tokens"] == "4,096"
     assert all(row["active"] != "-" for row in (first, second, third))
-    assert float(first["validation loss"]) == stream_of("val", f"log/{first['model']}-tiny")[-1]
+    assert float(first["full validation loss"]) == stream_of("val_full", f"log/{first['model']}-tiny")[-1]
     assert pyplot.imread("curves.png").std() > 0.05
     assert os.path.getsize("curves.png") < 200_000
+
+
+def drawn(capsys, *paths):
+    """Return the axes that --plot draws, and the texts of the legend."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    compared(capsys, *paths, "--plot=curves.png")
+    figure = pyplot.gcf()
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    return figure.axes, [text.get_text() for text in legend.get_texts()]
+
+
+def ticks(axis):
+    """Return the labels along the x axis."""
+    return [text.get_text() for text in axis.get_xticklabels()]
+
+
+def test_the_plot_shows_errors_chance_and_short_labels(capsys):
+    hits = np.arange(100) % 10 < 3
+    made_up("log/a1", "gpt2", 3.0, hits, seed=1, n_layer=3)
+    made_up("log/a2", "gpt2", 3.2, hits, seed=2, n_layer=3)
+    made_up("log/b", "gpt2", 3.3, hits)
+    made_up("log/c", "llama", 3.4, hits)
+    axes, labels = drawn(capsys)
+    assert labels == ["gpt2 n_layer=3", "gpt2 n_layer=2", "llama"]
+    val, hella = axes  # equal FLOPs per token: no second column
+    for axis in axes:
+        assert axis.get_xlabel() == "tokens"
+        assert ticks(axis)[:4] == ["0", "200k", "400k", "600k"]
+        assert len({line.get_marker() for line in axis.get_lines() if line.get_marker() != "None"}) == 3
+    assert [line.get_color() for line in hella.get_lines() if set(line.get_ydata()) == {0.25}] == ["grey"]
+    assert [text.get_text() for text in hella.texts] == ["chance"]
+    bars = [bar.get_segments()[0] for bar in hella.collections]
+    assert [bar[:, 1].tolist() for bar in bars] == [pytest.approx([0.3 - error, 0.3 + error])
+                                                    for error in [math.sqrt(0.3 * 0.7 / 100)] * 3]
+    assert len({bar[0, 0] for bar in bars}) == 3  # side by side
+
+    made_up("log/d", "llama", 3.5, flops_per_token=4e12, total_batch_size=10 ** 7, n_head=3)
+    started("log/d", (0, {"total_batch_size": 10 ** 6}), (500, {}))
+    (_, flops, _, _), labels = drawn(capsys)
+    assert flops.get_xlabel() == "1e22 FLOPs"
+    assert ticks(flops)[:3] == ["0", "0.5", "1"]
+    assert labels[-1] == "llama n_head=3 total_batch_size=10000000"
+    tokens, labels = drawn(capsys, "log/d")
+    assert labels == ["llama"]
+    assert ticks(tokens[0])[:3] == ["0", "1B", "2B"]
+    assert tokens[0].get_lines()[0].get_xdata().tolist() == [0.5e9, 5.5e9]
+    made_up("log/e1", "llama", 3.4, steps=500)
+    assert drawn(capsys, "log/c", "log/e1")[1] == ["llama (c)", "llama (e1)"]
 
 
 def test_compare_says_in_a_line_what_is_wrong(monkeypatch, capsys):
@@ -254,6 +444,9 @@ def test_compare_says_in_a_line_what_is_wrong(monkeypatch, capsys):
         is_damaged()
     for content in [], {}, whole | {"arch": 1}, whole | {"params": {}}, whole | {"flops_per_token": "x"}:
         write_json("log/a/run.json", content)
+        is_damaged()
+    for starts in "x", [1], [{"step": 0}], [{"step": "x", "config": whole["config"]}], [{"step": 0, "config": None}]:
+        write_json("log/a/run.json", whole | {"starts": starts})
         is_damaged()
     for name, value in ("max_steps", None), ("total_batch_size", "x"), ("beta2", []), ("data_dir", 1):
         write_json("log/a/run.json", whole | {"config": whole["config"] | {name: value}})
