@@ -44,6 +44,7 @@ def free_memory(device):
 def check_memory(cfg, world, Model, accumulation):
     """Say what a step needs, and end if that is more memory than is free. The estimate, good to
     30%, comes from the forward pass of one row in a model of its own."""
+    free = free_memory(world.device)
     kept = {}  # bytes of what the forward pass keeps for the backward pass
 
     def keep(tensor):
@@ -67,14 +68,14 @@ def check_memory(cfg, world, Model, accumulation):
         per_row -= 2 * n_params
     if cfg.compile:
         per_row *= 0.5  # fused operations keep less
-    free = free_memory(world.device)
     need = fixed + cfg.batch_size * per_row
     text = f"--batch_size={cfg.batch_size} needs about {need / 2**30:.1f} GiB of memory"
     if free is not None:
         text += f", and {free / 2**30:.1f} GiB are free"
         if need > free:
             rows = accumulation * cfg.batch_size
-            fitting = [b for b in range(1, rows) if rows % b == 0 and fixed + b * per_row <= free]
+            fitting = [b for b in range(1, min(cfg.batch_size, 1024))
+                       if rows % b == 0 and fixed + b * per_row <= free]
             smaller = "a smaller model, for example with --tiny"
             fail(f"{text}: use " + (f"--batch_size={max(fitting)}" if fitting else smaller))
     if world.device.type == "cpu":  # with the backward pass it takes about four times as long
