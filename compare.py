@@ -79,6 +79,8 @@ class Result:
             if start["step"] < end:
                 parts.insert(0, (start["step"], end, start["config"]))
                 end = start["step"]
+        if parts:  # a checkpoint from elsewhere had as many tokens in a step, or it is not resumed
+            parts[0] = (0, *parts[0][1:])
         return parts
 
     def tokens(self, step):
@@ -168,7 +170,7 @@ def check_types(info):
             value = value[key]
         if not isinstance(value, types):
             raise TypeError(f"{name} cannot be {value!r}")
-    starts = info.get("starts", [])
+    starts = info["starts"]
     if not all(isinstance(start["step"], int) for start in starts):
         raise TypeError("the step of a start is not a number")
     for config in [info["config"], *(start["config"] for start in starts)]:
@@ -194,9 +196,10 @@ def read_result(path):
     if has_run_json:
         with open(run_json) as file:
             info = {"tokens_per_second": None} | json.load(file)
-        check_types(info)
     # before there was a list of starts, run.json described the only one
-    info.setdefault("starts", [{"step": 0, "config": info["config"]}])
+    info["starts"] = info.get("starts") or [{"step": 0, "config": info["config"]}]
+    if has_run_json:
+        check_types(info)
     return Result(folder, curves, info, has_run_json)
 
 
@@ -316,6 +319,8 @@ def remark(group, groups):
             remarks.append(f"{name} is not in its run.json")
         elif group.options[name] != most_common:
             remarks.append(f"{name}={group.options[name]}")
+    if unknown := max(result.info["starts"][0]["step"] for result in group.results):
+        remarks.append(f"run.json does not describe the first {unknown} steps")
     seeds = {result.config.get("seed") for result in group.results}
     if len(seeds) < len(group.results):
         remarks.append("a seed comes twice")
@@ -443,15 +448,17 @@ def table(groups, stream):
 
 
 def legend_label(group, groups):
-    """Return the architecture and the few options in which its groups differ. Where that does not
-    tell them apart, return the label of the table."""
+    """Return the architecture and the few options in which its groups differ, or, where that does
+    not tell them apart, what the names of the folders share."""
+    arch = os.path.basename(group.arch)
     same_arch = [other.options for other in groups if other.arch == group.arch]
     differing = [name for name in sorted(set().union(*same_arch))
                  if len({options.get(name) for options in same_arch}) > 1]
     if len(differing) > 3 or same_arch.count(group.options) > 1:
-        return group.label
+        names = [os.path.basename(result.folder) for result in group.results]
+        return f"{arch} ({names[0] if len(names) == 1 else os.path.commonprefix(names) + '*'})"
     options = [f"{name}={shown(group.options.get(name))}" for name in differing]
-    return " ".join([os.path.basename(group.arch), *options])
+    return " ".join([arch, *options])
 
 
 def draw(axis, groups, name, unit):
@@ -480,7 +487,7 @@ def draw(axis, groups, name, unit):
                       markevery=every, errorevery=every, ls="--" if group.reasons else "-")
     if name == "hella":
         axis.axhline(0.25, color="grey")
-        axis.text(0.01 * end, 0.25, "chance", color="grey", va="bottom")
+        axis.text(0.5 * end, 0.25, "chance", color="grey", va="top")
     axis.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     if unit == "FLOPs":
         power = math.floor(math.log10(end))

@@ -251,6 +251,10 @@ def test_what_changed_on_the_way_is_counted_and_named(capsys):
         old, new = {"max_steps": ("3", "1000"), "init_from": ("a", "''")}.get(name, ("a", "b"))
         assert f"{name} changed at step 20: {old} -> {new};" in rows["mistral"]["remarks"] + ";"
     assert rows["deepseek"]["remarks"] == "not comparable: in progress, step 500 of 1000"
+    started("log/a", (400, {}))  # from a checkpoint of another folder
+    (row,) = compared(capsys, "log/a")
+    assert row["tokens"] == "1,000,000"
+    assert row["remarks"] == "run.json does not describe the first 400 steps"
 
 
 def add_to_log(folder, *lines):
@@ -404,7 +408,8 @@ def test_the_plot_shows_errors_chance_and_short_labels(capsys):
     assert ticks(tokens[0])[:3] == ["0", "1B", "2B"]
     assert tokens[0].get_lines()[0].get_xdata().tolist() == [0.5e9, 5.5e9]
     made_up("log/e1", "llama", 3.4, steps=500)
-    assert drawn(capsys, "log/c", "log/e1")[1] == ["llama (c)", "llama (e1)"]
+    made_up("log/e2", "llama", 3.4, steps=500, seed=2)
+    assert drawn(capsys, "log/c", "log/e1", "log/e2")[1] == ["llama (c)", "llama (e*)"]
 
 
 def test_compare_says_in_a_line_what_is_wrong(monkeypatch, capsys):
