@@ -466,12 +466,12 @@ def draw(axis, groups, name, unit):
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     scales = [group.info["flops_per_token"] if unit == "FLOPs" else 1.0 for group in groups]
-    end = max(1, np.nanmax([group.results[0].tokens(group.steps) * scale
-                            for group, scale in zip(groups, scales)]))
+    end = max(1.0, np.nanmax([float(group.results[0].tokens(group.steps) * scale)
+                              for group, scale in zip(groups, scales)]))
     for i, (group, scale) in enumerate(zip(groups, scales)):
         # without step 0, whose loss is that of the untrained model
         curve = {step: values for step, values in group.curves[name].items() if step > 0}
-        x = np.array([group.results[0].tokens(step) * scale for step in curve])
+        x = np.array([group.results[0].tokens(step) * scale for step in curve], float)
         errors = None
         if name == "hella":
             errors = [group.hella_error(step) for step in curve]
@@ -487,8 +487,9 @@ def draw(axis, groups, name, unit):
                       markevery=every, errorevery=every, ls="--" if group.reasons else "-")
     if name == "hella":
         axis.axhline(0.25, color="grey")
-        axis.text(0.5 * end, 0.25, "chance", color="grey", va="top")
-    axis.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+        axis.annotate("chance", (1.01, 0.25), xycoords=axis.get_yaxis_transform(), color="grey",
+                      va="center", annotation_clip=False)  # outside, where no curve is
+    axis.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
     if unit == "FLOPs":
         power = math.floor(math.log10(end))
         axis.xaxis.set_major_formatter(lambda x, _: f"{x / 10 ** power:.3g}")

@@ -21,7 +21,7 @@ import compare
 from conftest import bad, quick, stream_of, train
 
 
-def made_up(folder, arch="gpt2", val=4.0, hits=None, steps=1000, every=500, flops_per_token=8e6, **options):
+def made_up(folder, arch="gpt2", val=4.0, hits=None, steps=1000, every=500, flops_per_token=8_000_000, **options):
     """Make a folder as a run leaves it behind; the validation loss falls by 1 every `every` steps, to val.
 
     hits says for each HellaSwag item whether it was right; options replace values of the run's config."""
@@ -385,7 +385,7 @@ def test_the_plot_shows_errors_chance_and_short_labels(capsys):
     made_up("log/c", "llama", 3.4, hits)
     axes, labels = drawn(capsys)
     assert labels == ["gpt2 n_layer=3", "gpt2 n_layer=2", "llama"]
-    val, hella = axes  # equal FLOPs per token: no second column
+    _, hella = axes  # equal FLOPs per token: no second column
     for axis in axes:
         assert axis.get_xlabel() == "tokens"
         assert ticks(axis)[:4] == ["0", "200k", "400k", "600k"]
@@ -397,7 +397,7 @@ def test_the_plot_shows_errors_chance_and_short_labels(capsys):
                                                     for error in [math.sqrt(0.3 * 0.7 / 100)] * 3]
     assert len({bar[0, 0] for bar in bars}) == 3  # side by side
 
-    made_up("log/d", "llama", 3.5, flops_per_token=4e12, total_batch_size=10 ** 7, n_head=3)
+    made_up("log/d", "llama", 3.5, hits, flops_per_token=4 * 10 ** 12, total_batch_size=10 ** 7, n_head=3)
     started("log/d", (0, {"total_batch_size": 10 ** 6}), (500, {}))
     (_, flops, _, _), labels = drawn(capsys)
     assert flops.get_xlabel() == "1e22 FLOPs"
