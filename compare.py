@@ -95,8 +95,8 @@ class Result:
         for first, _, config in self.parts:
             now = {name: value for name, value in config.items() if name not in NEUTRAL}
             now["data_dir"] = folder_name(config["data_dir"])
-            for name in sorted(now.keys() & known.keys()):
-                if now[name] != known[name]:
+            for name in sorted(now):
+                if now[name] != known.get(name, now[name]):
                     changes.append(f"{name} changed at step {first}: "
                                    f"{shown(known[name])} -> {shown(now[name])}")
             known |= now
@@ -200,6 +200,9 @@ def read_result(path):
     info["starts"] = info.get("starts") or [{"step": 0, "config": info["config"]}]
     if has_run_json:
         check_types(info)
+    config = info["config"]
+    for start in reversed(info["starts"]):  # what an old config lacks has the value of the next one
+        config = start["config"] = config | start["config"]
     return Result(folder, curves, info, has_run_json)
 
 

@@ -251,6 +251,17 @@ def test_what_changed_on_the_way_is_counted_and_named(capsys):
         old, new = {"max_steps": ("3", "1000"), "init_from": ("a", "''")}.get(name, ("a", "b"))
         assert f"{name} changed at step 20: {old} -> {new};" in rows["mistral"]["remarks"] + ";"
     assert rows["deepseek"]["remarks"] == "not comparable: in progress, step 500 of 1000"
+    started("log/a", (0, {}), (300, {}))
+    with open("log/a/run.json") as f:
+        run = json.load(f)
+    run["starts"][0]["config"] = {}  # what an old config lacks did not change
+    write_json("log/a/run.json", run)
+    (row,) = compared(capsys, "log/a")
+    assert (row["tokens"], row["remarks"]) == ("1,000,000", "")
+    run["starts"].append({"step": 600, "config": run["config"] | {"beta2": 0.9}})
+    write_json("log/a/run.json", run | {"config": run["starts"][-1]["config"]})
+    (row,) = compared(capsys, "log/a")
+    assert row["remarks"] == "not comparable: beta2 changed at step 600: 0.95 -> 0.9"
     started("log/a", (400, {}))  # from a checkpoint of another folder
     (row,) = compared(capsys, "log/a")
     assert row["tokens"] == "1,000,000"
