@@ -79,6 +79,8 @@ class Result:
             if start["step"] < end:
                 parts.insert(0, (start["step"], end, start["config"]))
                 end = start["step"]
+        if parts:  # a checkpoint from elsewhere had as many tokens in a step, or it is not resumed
+            parts[0] = (0, *parts[0][1:])
         return parts
 
     def tokens(self, step):
@@ -93,8 +95,8 @@ class Result:
         for first, _, config in self.parts:
             now = {name: value for name, value in config.items() if name not in NEUTRAL}
             now["data_dir"] = folder_name(config["data_dir"])
-            for name in sorted(now.keys() & known.keys()):
-                if now[name] != known[name]:
+            for name in sorted(now):
+                if now[name] != known.get(name, now[name]):
                     changes.append(f"{name} changed at step {first}: "
                                    f"{shown(known[name])} -> {shown(now[name])}")
             known |= now
@@ -168,7 +170,7 @@ def check_types(info):
             value = value[key]
         if not isinstance(value, types):
             raise TypeError(f"{name} cannot be {value!r}")
-    starts = info.get("starts", [])
+    starts = info["starts"]
     if not all(isinstance(start["step"], int) for start in starts):
         raise TypeError("the step of a start is not a number")
     for config in [info["config"], *(start["config"] for start in starts)]:
@@ -194,9 +196,13 @@ def read_result(path):
     if has_run_json:
         with open(run_json) as file:
             info = {"tokens_per_second": None} | json.load(file)
-        check_types(info)
     # before there was a list of starts, run.json described the only one
-    info.setdefault("starts", [{"step": 0, "config": info["config"]}])
+    info["starts"] = info.get("starts") or [{"step": 0, "config": info["config"]}]
+    if has_run_json:
+        check_types(info)
+    config = info["config"]
+    for start in reversed(info["starts"]):  # what an old config lacks has the value of the next one
+        config = start["config"] = config | start["config"]
     return Result(folder, curves, info, has_run_json)
 
 
@@ -316,6 +322,8 @@ def remark(group, groups):
             remarks.append(f"{name} is not in its run.json")
         elif group.options[name] != most_common:
             remarks.append(f"{name}={group.options[name]}")
+    if unknown := max(result.info["starts"][0]["step"] for result in group.results):
+        remarks.append(f"run.json does not describe the first {unknown} steps")
     seeds = {result.config.get("seed") for result in group.results}
     if len(seeds) < len(group.results):
         remarks.append("a seed comes twice")
@@ -443,15 +451,17 @@ def table(groups, stream):
 
 
 def legend_label(group, groups):
-    """Return the architecture and the few options in which its groups differ. Where that does not
-    tell them apart, return the label of the table."""
+    """Return the architecture and the few options in which its groups differ, or, where that does
+    not tell them apart, what the names of the folders share."""
+    arch = os.path.basename(group.arch)
     same_arch = [other.options for other in groups if other.arch == group.arch]
     differing = [name for name in sorted(set().union(*same_arch))
                  if len({options.get(name) for options in same_arch}) > 1]
     if len(differing) > 3 or same_arch.count(group.options) > 1:
-        return group.label
+        names = [os.path.basename(result.folder) for result in group.results]
+        return f"{arch} ({names[0] if len(names) == 1 else os.path.commonprefix(names) + '*'})"
     options = [f"{name}={shown(group.options.get(name))}" for name in differing]
-    return " ".join([os.path.basename(group.arch), *options])
+    return " ".join([arch, *options])
 
 
 def draw(axis, groups, name, unit):
@@ -459,12 +469,12 @@ def draw(axis, groups, name, unit):
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     scales = [group.info["flops_per_token"] if unit == "FLOPs" else 1.0 for group in groups]
-    end = max(1, np.nanmax([group.results[0].tokens(group.steps) * scale
-                            for group, scale in zip(groups, scales)]))
+    end = max(1.0, np.nanmax([float(group.results[0].tokens(group.steps) * scale)
+                              for group, scale in zip(groups, scales)]))
     for i, (group, scale) in enumerate(zip(groups, scales)):
         # without step 0, whose loss is that of the untrained model
         curve = {step: values for step, values in group.curves[name].items() if step > 0}
-        x = np.array([group.results[0].tokens(step) * scale for step in curve])
+        x = np.array([group.results[0].tokens(step) * scale for step in curve], float)
         errors = None
         if name == "hella":
             errors = [group.hella_error(step) for step in curve]
@@ -480,8 +490,9 @@ def draw(axis, groups, name, unit):
                       markevery=every, errorevery=every, ls="--" if group.reasons else "-")
     if name == "hella":
         axis.axhline(0.25, color="grey")
-        axis.text(0.01 * end, 0.25, "chance", color="grey", va="bottom")
-    axis.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+        axis.annotate("chance", (1.01, 0.25), xycoords=axis.get_yaxis_transform(), color="grey",
+                      va="center", annotation_clip=False)  # outside, where no curve is
+    axis.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
     if unit == "FLOPs":
         power = math.floor(math.log10(end))
         axis.xaxis.set_major_formatter(lambda x, _: f"{x / 10 ** power:.3g}")

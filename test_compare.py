@@ -21,7 +21,7 @@ import compare
 from conftest import bad, quick, stream_of, train
 
 
-def made_up(folder, arch="gpt2", val=4.0, hits=None, steps=1000, every=500, flops_per_token=8e6, **options):
+def made_up(folder, arch="gpt2", val=4.0, hits=None, steps=1000, every=500, flops_per_token=8_000_000, **options):
     """Make a folder as a run leaves it behind; the validation loss falls by 1 every `every` steps, to val.
 
     hits says for each HellaSwag item whether it was right; options replace values of the run's config."""
@@ -251,6 +251,21 @@ def test_what_changed_on_the_way_is_counted_and_named(capsys):
         old, new = {"max_steps": ("3", "1000"), "init_from": ("a", "''")}.get(name, ("a", "b"))
         assert f"{name} changed at step 20: {old} -> {new};" in rows["mistral"]["remarks"] + ";"
     assert rows["deepseek"]["remarks"] == "not comparable: in progress, step 500 of 1000"
+    started("log/a", (0, {}), (300, {}))
+    with open("log/a/run.json") as f:
+        run = json.load(f)
+    run["starts"][0]["config"] = {}  # what an old config lacks did not change
+    write_json("log/a/run.json", run)
+    (row,) = compared(capsys, "log/a")
+    assert (row["tokens"], row["remarks"]) == ("1,000,000", "")
+    run["starts"].append({"step": 600, "config": run["config"] | {"beta2": 0.9}})
+    write_json("log/a/run.json", run | {"config": run["starts"][-1]["config"]})
+    (row,) = compared(capsys, "log/a")
+    assert row["remarks"] == "not comparable: beta2 changed at step 600: 0.95 -> 0.9"
+    started("log/a", (400, {}))  # from a checkpoint of another folder
+    (row,) = compared(capsys, "log/a")
+    assert row["tokens"] == "1,000,000"
+    assert row["remarks"] == "run.json does not describe the first 400 steps"
 
 
 def add_to_log(folder, *lines):
@@ -381,7 +396,7 @@ def test_the_plot_shows_errors_chance_and_short_labels(capsys):
     made_up("log/c", "llama", 3.4, hits)
     axes, labels = drawn(capsys)
     assert labels == ["gpt2 n_layer=3", "gpt2 n_layer=2", "llama"]
-    val, hella = axes  # equal FLOPs per token: no second column
+    _, hella = axes  # equal FLOPs per token: no second column
     for axis in axes:
         assert axis.get_xlabel() == "tokens"
         assert ticks(axis)[:4] == ["0", "200k", "400k", "600k"]
@@ -393,7 +408,7 @@ def test_the_plot_shows_errors_chance_and_short_labels(capsys):
                                                     for error in [math.sqrt(0.3 * 0.7 / 100)] * 3]
     assert len({bar[0, 0] for bar in bars}) == 3  # side by side
 
-    made_up("log/d", "llama", 3.5, flops_per_token=4e12, total_batch_size=10 ** 7, n_head=3)
+    made_up("log/d", "llama", 3.5, hits, flops_per_token=4 * 10 ** 12, total_batch_size=10 ** 7, n_head=3)
     started("log/d", (0, {"total_batch_size": 10 ** 6}), (500, {}))
     (_, flops, _, _), labels = drawn(capsys)
     assert flops.get_xlabel() == "1e22 FLOPs"
@@ -404,7 +419,8 @@ def test_the_plot_shows_errors_chance_and_short_labels(capsys):
     assert ticks(tokens[0])[:3] == ["0", "1B", "2B"]
     assert tokens[0].get_lines()[0].get_xdata().tolist() == [0.5e9, 5.5e9]
     made_up("log/e1", "llama", 3.4, steps=500)
-    assert drawn(capsys, "log/c", "log/e1")[1] == ["llama (c)", "llama (e1)"]
+    made_up("log/e2", "llama", 3.4, steps=500, seed=2)
+    assert drawn(capsys, "log/c", "log/e1", "log/e2")[1] == ["llama (c)", "llama (e*)"]
 
 
 def test_compare_says_in_a_line_what_is_wrong(monkeypatch, capsys):
