@@ -277,15 +277,15 @@ class Run:
         self.file = open(self.log_path, "a", buffering=1)
 
     def earlier_starts(self):
-        """Return the starts that run.json has, the oldest first, and this one."""
+        """Return the starts in the run.json beside the checkpoint, the oldest first, and this one."""
         here = shlex.quote(os.path.dirname(os.path.abspath(__file__)))
         this = {
             "step": self.start_step, "command": sys.argv, "config": asdict(self.cfg),
             "device": self.device_name, "processes": self.world.size, "torch": torch.__version__,
             "python": sys.version,
             "git_commit": subprocess.getoutput(f"git -C {here} rev-parse HEAD 2>/dev/null")}
-        path = os.path.join(self.cfg.log_dir, "run.json")
-        if not (self.cfg.resume and os.path.exists(path)):
+        path = os.path.join(os.path.dirname(self.checkpoint or ""), "run.json")
+        if self.checkpoint is None or not os.path.exists(path):
             return [this]
         with explain(f"{path} is damaged: repair or delete it", ValueError, TypeError):
             with open(path) as file:
