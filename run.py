@@ -277,7 +277,7 @@ class Run:
         self.file = open(self.log_path, "a", buffering=1)
 
     def earlier_starts(self):
-        """Return the starts in the run.json beside the checkpoint, the oldest first, and this one."""
+        """Return the starts in run.json beside the checkpoint, the oldest first, and this one."""
         here = shlex.quote(os.path.dirname(os.path.abspath(__file__)))
         this = {
             "step": self.start_step, "command": sys.argv, "config": asdict(self.cfg),
