@@ -635,9 +635,10 @@ def test_history_is_kept(monkeypatch, capsys):
     first, second = run_of("log/gpt2-tiny")["starts"]
     assert first == starts[-1] | {"step": 0}
     assert second["step"] == 10
+    options = [*QUICK, "--max_steps=12", "--resume=auto"]
     for damage in b"{", b"[1]", b"3":
         overwrite("log/gpt2-tiny/run.json", damage)
-        bad(capsys, lambda: train("gpt2", monkeypatch, *QUICK, "--max_steps=12", "--resume=auto"), "run.json", "damaged")
+        bad(capsys, lambda: train("gpt2", monkeypatch, *options), "run.json is damaged")
 
 
 def test_a_step_keeps_its_number_of_tokens(monkeypatch, capsys):
