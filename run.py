@@ -72,14 +72,14 @@ def check_memory(cfg, world, Model, accumulation):
     text = f"--batch_size={cfg.batch_size} needs about {need / 2**30:.1f} GiB of memory"
     if free is not None:
         text += f", and {free / 2**30:.1f} GiB are free"
-        if need > free:
-            rows = accumulation * cfg.batch_size
-            fitting = [b for b in range(1, min(cfg.batch_size, 1024))
-                       if rows % b == 0 and fixed + b * per_row <= free]
-            smaller = "a smaller model, for example with --tiny"
-            fail(f"{text}: use " + (f"--batch_size={max(fitting)}" if fitting else smaller))
+    rows = accumulation * cfg.batch_size
     if world.device.type == "cpu":  # with the backward pass it takes about four times as long
-        text += f"; a step takes about {4 * seconds * accumulation * cfg.batch_size:.0f} s"
+        text += f"; a step takes about {4 * seconds * rows:.0f} s"
+    if free is not None and need > free:
+        fitting = [b for b in range(1, min(cfg.batch_size, 1024))
+                   if rows % b == 0 and fixed + b * per_row <= free]
+        smaller = "a smaller model, for example with --tiny"
+        fail(f"{text}: use {f'--batch_size={max(fitting)}, or ' if fitting else ''}{smaller}")
     if world.rank == 0 and need > 2**30:  # a small model needs no warning
         print(f"estimate: {text}", flush=True)
 
@@ -447,8 +447,9 @@ class Run:
         """Say how the run ended and what to do next."""
         self.flush()
         if self.bench:
-            seconds = np.median(self.seconds[BENCH_WARMUP:])
-            self.say(f"median of {self.bench} steps: {self.speed(seconds)}")
+            timed = self.seconds[BENCH_WARMUP:]
+            self.say(f"median of {len(timed)} steps: {self.speed(np.median(timed))}" if timed
+                     else "stopped before a step was timed")
         elif self.stopping:
             self.say(f"stopped; {self.checkpoint} holds everything: continue with --resume=auto")
         else:
