@@ -233,7 +233,8 @@ def init_world(device, dtype, seed):
         size = int(os.environ.get("WORLD_SIZE", 1))
         if not 0 <= rank < size:
             raise ValueError(f"RANK={rank} of WORLD_SIZE={size}")
-    sys.stdout.reconfigure(errors="replace")  # samples may hold what the terminal cannot show
+    if sys.stdout:  # it is None if the console was closed beforehand
+        sys.stdout.reconfigure(errors="replace")  # samples may hold what the terminal cannot show
     try:
         world = World(torch.device(device), rank, size, local_rank, getattr(torch, dtype))
         if world.device.type == "cuda":
