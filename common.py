@@ -3,7 +3,7 @@ What every train_<arch>.py uses: options, processes, the loader of token shards,
 learning rate, and tokens from text. Nothing here knows what a layer is. A script's Model has
     cfg                          its Config, from which the same model can be built again
     forward(idx, targets=None)   (logits, None) without targets, (None, loss) with them
-    hidden(idx), lm_head(x)      the two halves of forward: (B, T, C), and logits made of that
+    hidden(idx), lm_head(x)      forward in two parts: hidden gives (B, T, C), lm_head the logits
     num_params()                 {"total": int, "active": int, "non_embedding": int, ...}
     flops_per_token()            FLOPs of forward and backward pass
     configure_optimizers(cfg, device_type)  an optimizer with every parameter in exactly one group
@@ -73,7 +73,7 @@ class RunConfig:
     hellaswag_file: str = "hellaswag_val.jsonl"  # HellaSwag's items; downloaded if missing
     resume: str = ""  # checkpoint to resume from; auto: the newest in log_dir
     device: str = default_device()  # cuda, mps or cpu
-    dtype: str = default_dtype(default_device())  # of products: bfloat16, float16 or float32
+    dtype: str = default_dtype(default_device())  # of matrix products: bfloat16, float16, float32
     compile: bool = torch.cuda.is_available()  # compile the model with torch.compile
     tiny: bool = False  # train a small model on built-in text, about a minute on a CPU
 
@@ -81,7 +81,7 @@ class RunConfig:
     training_options = {
         "total_batch_size", "batch_size", "max_steps", "warmup_steps", "learning_rate",
         "min_lr_ratio", "weight_decay", "beta1", "beta2", "grad_clip", "optimizer"}
-    # name: (least, bound) for least <= value < bound; others (1, 2**40), floats (0, inf)
+    # least <= value < bound; options not listed: whole numbers from 1, other numbers from 0
     limits = {"beta1": (0, 1), "beta2": (0, 1), "seed": (0, 2**63), "n_embd": (1, 2**20),
               "n_head": (1, 2**20)} | dict.fromkeys(
         ("max_steps", "warmup_steps", "eval_interval", "val_full_tokens", "hella_limit",
@@ -123,15 +123,16 @@ def make_parser(Config):
     modes.add_argument("--max_new_tokens", metavar="N", type=int, default=100,
                        help="length of the continuation that --sample writes (%(default)s)")
     modes.add_argument("--temperature", metavar="X", type=float, default=0.8,
-                       help="of --sample (%(default)s): lower is safer, 0 the likeliest token")
-    modes.add_argument("--export", metavar="DIR", help="write it as a Hugging Face folder instead")
+                       help="how freely --sample chooses (%(default)s); 0: the likeliest token")
+    modes.add_argument("--export", metavar="DIR",
+                       help="write the newest checkpoint as a Hugging Face folder")
     modes.add_argument("--bench", metavar="N", type=int, default=0,
                        help="time N training steps on random tokens, write nothing")
     return parser
 
 
 def nearest_divisor(n, goal):
-    """Return the divisor of n that is nearest to goal, of two the larger."""
+    """Return the divisor of n that is nearest to goal; if two are equally near, the larger."""
     return min((d for d in range(n, 0, -1) if n % d == 0), key=lambda d: abs(d - goal))
 
 
@@ -171,7 +172,7 @@ def parse_args(Config, tiny):
     defaults = {f.name: f.default for f in fields(Config)}
     if given.get("tiny"):
         defaults |= {**TINY_TRAINING, **tiny}
-        torch.set_num_threads(1)  # more gain nothing, and lose much where the cores are busy
+        torch.set_num_threads(1)  # more threads gain nothing, and lose much on busy cores
     numbers = {name: getattr(mode, name) for name in ("bench", "max_new_tokens", "temperature")}
     for name, value in {**given, **numbers}.items():
         default_limits = (0, math.inf) if isinstance(value, float) else (1, 2**40)
@@ -251,9 +252,9 @@ def init_world(device, dtype, seed):
     if size > 1:
         gpu = world.device if world.device.type == "cuda" else None
         with explain(launch, ValueError, RuntimeError):
-            store, _, _ = next(dist.rendezvous("env://"))  # has the addresses of all processes
+            store, _, _ = next(dist.rendezvous("env://"))  # through it the processes find another
             if os.environ.get("LOCAL_WORLD_SIZE") == str(size):
-                # torchrun keeps it when it restarts the processes (PyTorch's issue 135712)
+                # after a restart by torchrun it still has old addresses (PyTorch's issue 135712)
                 store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
             dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=rank,
                                     world_size=size, device_id=gpu)
@@ -337,8 +338,8 @@ class ShardLoader:
         if split == "train" and n // cfg.total_batch_size < cfg.max_steps:
             steps = n // cfg.total_batch_size
             print(f"{cfg.data_dir} has {n:,} tokens: they repeat after step {steps}")
-        if split == "val" and n < cfg.val_tokens:
-            print(f"{cfg.data_dir} has only {n:,} of --val_tokens={cfg.val_tokens}: all are used")
+        if split == "val" and n < max(cfg.val_tokens, cfg.val_full_tokens):
+            print(f"{cfg.data_dir} has {n:,} validation tokens, fewer than asked for")
         if gaps := missing_shards(self.tokens.paths):
             print(f"{cfg.data_dir} lacks {split} shard {gaps}: a run with it sees other data in "
                   "the same steps", file=sys.stderr)
@@ -379,8 +380,8 @@ class ShardLoader:
             for step in itertools.count(start_step) for micro_step in range(micro_steps))
 
     def val_batches(self, n_tokens):
-        """Yield this rank's batches of the first n_tokens, and what part of these rows each one has
-        (the same tokens whatever the batch size)."""
+        """Yield this rank's batches of the first n_tokens (the same tokens whatever the batch
+        size), and the fraction of all their rows that is in the batch, the weight of its loss."""
         n_rows = min(n_tokens, len(self.tokens) - 1) // self.T
         starts = range(self.world.rank * self.B, n_rows, self.world.size * self.B)
         places = ((row * self.T, min(self.B, n_rows - row)) for row in starts)

@@ -43,7 +43,7 @@ def free_memory(device):
 
 def check_memory(cfg, world, Model, accumulation):
     """Say what a step needs, and end if that is more memory than is free. The estimate, good to
-    30%, comes from the forward pass of one row in a model of its own."""
+    30%, comes from the forward pass of one row through a second copy of the model."""
     free = free_memory(world.device)
     kept = {}  # bytes of what the forward pass keeps for the backward pass
 
@@ -74,12 +74,14 @@ def check_memory(cfg, world, Model, accumulation):
         text += f", and {free / 2**30:.1f} GiB are free"
     rows = accumulation * cfg.batch_size
     if world.device.type == "cpu":  # with the backward pass it takes about four times as long
-        text += f"; a step takes about {4 * seconds * rows:.0f} s"
+        seconds *= 4 * rows
+        hours = seconds * cfg.max_steps / 3600
+        text += f"; a step takes about {seconds:.0f} s, all steps {hours:,.1f} hours"
     if free is not None and need > free:
         fitting = [b for b in range(1, min(cfg.batch_size, 1024))
                    if rows % b == 0 and fixed + b * per_row <= free]
-        smaller = "a smaller model, for example with --tiny"
-        fail(f"{text}: use {f'--batch_size={max(fitting)}, or ' if fitting else ''}{smaller}")
+        batch = f"--batch_size={max(fitting)}, or " if fitting else ""
+        fail(f"{text}: use {batch}a smaller model, for example with --tiny")
     if world.rank == 0 and need > 2**30:  # a small model needs no warning
         print(f"estimate: {text}", flush=True)
 
@@ -259,7 +261,8 @@ class Run:
         return parsed
 
     def open_log(self):
-        """Open log.txt, without the lines that come again. End if results would be lost."""
+        """Open log.txt, without the lines that this start writes again. End if results would be
+        lost."""
         folder, lines = self.cfg.log_dir, self.read_log()
         last = max((step for step, stream, _ in lines if stream == "train"), default=-1)
         if not self.cfg.resume and (checkpoints(folder) or last >= 0):
@@ -290,7 +293,7 @@ class Run:
         with explain(f"{path} is damaged: repair or delete it", ValueError, TypeError):
             with open(path) as file:
                 info = dict(json.load(file))
-        # before there was a list of starts, run.json described the latest one
+        # an old run.json has no list of starts, and describes only the latest
         first = {name: info.get(name) for name in this} | {"step": 0}
         return [*info.get("starts", [first]), this]
 
@@ -322,8 +325,9 @@ class Run:
         self.signalled = True
         if signum == signal.SIGINT:
             signal.signal(signum, signal.SIG_DFL)
-            if self.world.rank == 0:  # print could be interrupted in itself
-                os.write(2, b"\nstopping after this step; once more: at once, without saving\n")
+            if self.world.rank == 0:  # the signal may come during a print, which forbids another
+                os.write(2, b"\nstopping after this step; press Ctrl-C again to stop at once, "
+                            b"without saving\n")
 
     def until_signal(self, batches):
         """Yield the batches of an evaluation, which is given up when this process must stop."""
@@ -363,7 +367,8 @@ class Run:
         loss, norm, signalled, *extra = numbers.tolist()
         self.seconds.append(time.perf_counter() - self.clock)
         self.clock += self.seconds[-1]
-        skipped = not math.isfinite(norm)  # what the scaler does about it; it is 1 without float16
+        # with float16 the scaler skips such an update and lowers its scale, which is 1 otherwise
+        skipped = not math.isfinite(norm)
         if not math.isfinite(loss) or (skipped and self.scaler.get_scale() <= 1):
             fail(f"step {step}: the loss is {loss}, the gradient norm {norm}; not saved. Go "
                  f"back to {self.checkpoint or 'the start'}: less --learning_rate, more warm-up")
@@ -407,7 +412,7 @@ class Run:
         self.log(step, stream, f"{loss:.4f}")
         name = "validation loss" if stream == "val" else "full validation loss"
         self.say(f"step {step:5d} | {name} {loss:.4f}")
-        self.clock = time.perf_counter()  # HellaSwag begins
+        self.clock = time.perf_counter()  # from here log_hella measures its time
 
     def log_hella(self, step, correct):
         """Log acc_norm as `hella`, and keep which items were right: bool (items,)."""
@@ -474,6 +479,7 @@ def use_checkpoint(cfg, mode, arch, Config, Model, to_hf):
         return
     device = init_world(cfg.device, cfg.dtype, cfg.seed).device
     tokenizer = get_tokenizer(model.cfg.vocab_size) or sys.exit(1)  # it has said why
+    print(f"{path}, step {checkpoint['step']}", file=sys.stderr)
     prompt = tokenizer.encode_ordinary(mode.sample)
     print(generate(model.to(device), tokenizer, prompt, device, cfg.seed, mode.max_new_tokens,
                    mode.temperature))
@@ -510,7 +516,7 @@ pipeline_tag: text-generation
 ---
 - {class_name} with {model.num_params()['total']:,} parameters
 - trained with train_{checkpoint['arch']}.py of NanoTitan: {step:,} steps, \
-{step * cfg.total_batch_size:,} tokens of {data}
+{step * cfg.total_batch_size:,} tokens of the folder {data}
 """
     log, hella = (os.path.join(os.path.dirname(path), f) for f in ("log.txt", f"hella_{step}.npy"))
     if os.path.exists(log):
@@ -525,6 +531,6 @@ pipeline_tag: text-generation
 ```python
 from transformers import pipeline  # FOLDER is where this file lies
 generate = pipeline("text-generation", "FOLDER")
-print(generate("{PROMPT}")[0]["generated_text"])
+print(generate("{PROMPT}", max_new_tokens=50)[0]["generated_text"])
 ```
 """

@@ -596,7 +596,7 @@ def test_ctrl_c_answers_at_once(monkeypatch, capfd):
 
     monkeypatch.setattr(run.Run, "log_train", interrupted)
     train("gpt2", monkeypatch, *QUICK)
-    assert "stopping after this step; once more: at once" in capfd.readouterr().err
+    assert "stopping after this step; press Ctrl-C again to stop at once" in capfd.readouterr().err
     assert len(stream_of("train", "log/gpt2-tiny")) == 4
 
 

@@ -65,7 +65,7 @@ class Config(RunConfig):
     weight_decay: float = 0.1  # weight decay of matrices and embeddings
     beta1: float = 0.9  # AdamW: decay rate of the running mean of gradients
     beta2: float = 0.95  # AdamW: decay rate of the running mean of squares
-    grad_clip: float = 1.0  # largest global norm of the gradient
+    grad_clip: float = 1.0  # largest global norm of the gradient; 0: no clipping
     optimizer: str = "adamw"  # adamw, or muon for the matrices in the blocks and AdamW for the rest
     # run: see RunConfig in common.py
     log_dir: str = f"log/{ARCH}"
@@ -317,7 +317,7 @@ def main():
                 with torch.no_grad(), world.autocast():
                     for x, y, share in run.until_signal(val_loader.val_batches(n_tokens)):
                         _, loss = model(x, y)
-                        val_loss += loss * share  # of all rows
+                        val_loss += loss * share
                 run.log_val(step, stream, val_loss)
             if hellaswag:
                 run.log_hella(step, hellaswag.score(model, run.until_signal)["acc_norm"])
