@@ -1109,7 +1109,7 @@ def test_an_export_is_complete(arch, monkeypatch, capsys, hellaswag_items):
         card = f.read()
     assert card.startswith("---\nlibrary_name: transformers\n")
     assert f"{trained_model(arch).num_params()['total']:,} parameters" in card
-    assert "8 steps, 4,096 tokens of tiny_data\n" in card
+    assert "8 steps, 4,096 tokens of the folder tiny_data\n" in card
     assert f"validation loss {stream_of('val', folder)[-1]:.4f}\n" in card
     p = stream_of("hella", folder)[-1]
     p = round(12 * p) / 12  # the log has four digits of it
@@ -1127,7 +1127,7 @@ def test_an_export_is_complete(arch, monkeypatch, capsys, hellaswag_items):
         train(arch, monkeypatch, *QUICK, f"--resume={path}", f"--export=e{number}")
         with open(f"e{number}/README.md") as f:
             card = f.read()
-        assert "tokens of tiny_data" in card
+        assert "tokens of the folder tiny_data" in card
         assert "validation" not in card
         assert "HellaSwag" not in card
 
