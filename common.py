@@ -211,7 +211,8 @@ class World:
         return torch.autocast(self.device.type, self.dtype, enabled=mixed)
 
     def sum(self, x):
-        """Sum x over all processes, in place, and return it (gloo, for CPUs, cannot average)."""
+        """Sum x over all processes, in place, and return it. It is a sum because gloo, which
+        connects processes on CPUs, cannot average."""
         if self.size > 1:
             dist.all_reduce(x)
         return x
@@ -293,7 +294,7 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device_name):
-    """Return a GPU's bf16 peak in FLOP/s, or None. An A1000 is no A100, and a Ti differs, too."""
+    """Return a GPU's bf16 peak in FLOP/s, or None. Only whole words count: A1000 is not A100."""
     if not re.search(r"\b(Laptop|Ti|D|MIG)\b", device_name):
         for name, peak in PEAK_FLOPS.items():
             if re.search(rf"\b{name}\b", device_name):

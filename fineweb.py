@@ -228,7 +228,7 @@ def missing_shards(paths):
             series.setdefault(match[1], set()).add(int(match[2]))
     missing = (str(number) for numbers in series.values()
                for number in range(1, max(numbers)) if number not in numbers)
-    first = list(itertools.islice(missing, 21))  # a date as the number may leave millions of gaps
+    first = list(itertools.islice(missing, 21))  # if names end in dates there are millions of gaps
     return ", ".join(first[:20] + ["..."] * (len(first) > 20))
 
 
@@ -591,17 +591,17 @@ def save_tokenizer(folder, vocab_size, block_size):
 
     ranks = {bytes([i]): i for i in range(256)} if is_bytes else tokenizer._mergeable_ranks
     vocab = {spell(token): rank for token, rank in ranks.items()}
-    # llama.cpp's converter knows GPT-2's vocabulary by this name
+    # llama.cpp's converter recognises GPT-2's vocabulary by this name
     config = {"tokenizer_class": "PreTrainedTokenizerFast" if is_bytes else "GPT2Tokenizer",
               "model_max_length": block_size,
               "model_input_names": ["input_ids", "attention_mask"],
               "clean_up_tokenization_spaces": False}
     merges = [(spell(a), spell(b)) for a, b in merges_of(ranks)]
     saved = Tokenizer(models.BPE(vocab, merges))
-    # this first splits the text into words by GPT-2's pattern
+    # the text is split into words by GPT-2's pattern before bytes are merged
     saved.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     saved.decoder = decoders.ByteLevel()
-    if not is_bytes:  # the end of a text is no text of its own there, but the byte 0
+    if not is_bytes:  # among bytes, byte 0 ends a text and needs no special token
         saved.add_special_tokens([AddedToken("<|endoftext|>", normalized=False)])
         config |= dict.fromkeys(["bos_token", "eos_token"], "<|endoftext|>")
     saved.save(os.path.join(folder, "tokenizer.json"))
@@ -633,8 +633,8 @@ def pieces_of(text, long=100_000):
     """Yield the pieces of a document, almost always one. Their tokens, one after the other, are the
     tokens of the document. long: the length of the runs of white space in which it is cut.
 
-    tiktoken fails at a million blanks in front of a word. GPT-2 takes all blanks but the last as
-    one unit, and the last one with the word: so the text may be cut before the last one."""
+    tiktoken fails at a million blanks in front of a word. GPT-2 groups a run of blanks as one unit,
+    except the last blank, which it joins to the word after it: so the text may be cut there."""
     start = 0
     if len(text) > long:
         for run in re.finditer(f"(?<!{WHITE}){WHITE}{{{long},}}", text):

@@ -119,7 +119,7 @@ def encode_pairs(encode, context, endings):
 
 def render(item, encode):
     """Return the four rows of an item in the style "completion". With bytes, and with GPT-2's
-    vocabulary, a space and an ending have the same ids here as by themselves."""
+    vocabulary, a space and an ending have the same tokens after the context as alone."""
     endings = [" " + ending for ending in item["endings"]]
     return [Row(*pair) for pair in encode_pairs(encode, item["ctx"], endings)]
 
@@ -165,7 +165,8 @@ class HellaSwag:
         rows = []  # row 4 i + j is ending j of item i
         for item in items:
             for ids, n_ending, characters in STYLES[style].render(item, tokenizer.encode_ordinary):
-                ids = ids[-block_size:]  # its first token has nothing to be predicted from
+                ids = ids[-block_size:]
+                # nothing precedes the first token, from which it could be predicted
                 rows.append(Row(ids, min(n_ending, len(ids) - 1), characters))
         # what acc_norm divides the loss of each ending by: (items, 4)
         self.lengths = torch.tensor([row.characters or row.n_ending for row in rows]).view(-1, 4)
@@ -245,8 +246,9 @@ def load_hellaswag(cfg, world, tokenizer):
 # ---- command line --------------------------------------------------------------------------------
 
 class HuggingFace(torch.nn.Module):
-    """A transformers model with the two methods that HellaSwag calls. `hidden` returns logits:
-    what lies between them and the output of base_model (a projection, a cap, a scale) differs."""
+    """A transformers model with the two methods that HellaSwag calls. `hidden` returns the logits
+    and lm_head does nothing, because models differ in what they do before the logits: some project
+    the hidden states, some cap or scale the logits."""
 
     def __init__(self, name):
         super().__init__()
@@ -268,7 +270,7 @@ class HuggingFaceTokenizer:
     """The tokenizer of a transformers model, with the method that HellaSwag calls.
 
     As in lm-evaluation-harness a text starts with the special tokens that the tokenizer puts there,
-    such as <s>. None is put behind it, and none is read from the text."""
+    such as <s>. None is added at the end, and "<s>" within the text is ordinary text."""
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
@@ -283,8 +285,8 @@ class HuggingFaceTokenizer:
 
 def load_hf_tokenizer(name, config):
     """Return the tokenizer of a Hugging Face model: its own, or GPT-2's for a folder without one
-    that is GPT-2 by its class, its number of tokens and its last one. No size alone tells a
-    vocabulary."""
+    that is GPT-2 by its class, its number of tokens and its last one. The number of tokens alone
+    proves nothing, since two vocabularies may have the same."""
     from transformers import AutoTokenizer
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -304,8 +306,8 @@ def load_hf_tokenizer(name, config):
     is_gpt2 = config.model_type == "gpt2" and config.vocab_size == 50257
     if has_none and is_gpt2 and config.bos_token_id == config.eos_token_id == 50256:
         return get_tokenizer(config.vocab_size)
-    fail(f"{name} has no tokenizer that can be read, and a size does not tell which it needs: put "
-         f"its tokenizer.json and tokenizer_config.json there, or export it anew ({reason})")
+    fail(f"{name} has no tokenizer that can be read: put its tokenizer.json and "
+         f"tokenizer_config.json there, or export it anew ({reason})")
 
 
 def load_checkpoint_model(path):
@@ -355,7 +357,7 @@ def main():
     load = load_checkpoint_model if is_checkpoint else load_hf_model
     model, tokenizer, block_size = load(args.model)
     if tokenizer is None:
-        sys.exit(1)  # get_tokenizer has said why
+        sys.exit(1)  # get_tokenizer has printed the reason
     if block_size < 2:
         fail(f"{args.model} has a context of one token, which leaves no room for an ending")
     world = init_world(args.device, default_dtype(args.device), seed=0)

@@ -711,7 +711,9 @@ def test_lower_precision_trains_alike(arch, dtype, monkeypatch):
     for stream in "train", "val":
         low, high = stream_of(stream, "log/low"), stream_of(stream, "log/float32")
         np.testing.assert_allclose(low, high, rtol=0.01)
-    assert not np.array_equal(stream_of("norm", "log/low"), stream_of("norm", "log/float32"))
+    low, high = stream_of("norm", "log/low"), stream_of("norm", "log/float32")
+    np.testing.assert_allclose(low, high, rtol=0.1)  # not scaled as the loss is
+    assert not np.array_equal(low, high)
 
 
 @pytest.mark.parametrize("options", [["gpt2"], ["gpt2", "--optimizer=muon"], ["rwkv"], ["deepseek"]])
@@ -1444,10 +1446,12 @@ print((int(re.search(r"VmHWM:\s*(\d+)", open("/proc/self/status").read())[1]) - 
 """
 
 
-@pytest.mark.parametrize("arch, widths", [("gpt2", {"n_head": 4}), ("deepseek", {"n_head": 4}), ("rwkv", {}),
-                                          ("gemma", {"n_head": 4, "n_kv_head": 1, "ffn_dim": 816})])
+@pytest.mark.parametrize("arch, widths", [
+    ("gpt2", {"n_head": 4}), ("deepseek", {"n_head": 4}), ("rwkv", {}),
+    ("gemma", {"n_head": 4, "n_kv_head": 1, "ffn_dim": 816}),
+    ("gpt2", {"n_head": 8, "n_embd": 1024, "block_size": 16})])  # nearly all of it is parameters
 def test_the_estimate_of_memory_is_good_to_30_percent(arch, widths):
-    options = dict(n_layer=4, n_embd=256, block_size=256, batch_size=8, **widths)
+    options = dict(n_layer=4, n_embd=256, block_size=256, batch_size=8) | widths
     code = MEMORY.format(arch=arch, options=options)
     result = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": ROOT}, capture_output=True,
                             text=True)
