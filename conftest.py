@@ -42,7 +42,7 @@ HF = {
 # Options that make a model small. Each script takes those that it knows.
 SMALL = dict(
     n_layer=2, n_head=4, n_kv_head=2, head_dim=32, n_embd=64, ffn_dim=160, block_size=64, vocab_size=512,
-    window=16, window_pattern=2, partial_rotary_factor=0.75,
+    window=16, window_pattern=2, partial_rotary_factor=0.75, kq_period=2,
     q_lora_rank=48, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=20,
     moe_ffn_dim=48, n_routed_experts=16, n_activated_experts=4, n_group=4, topk_group=2)
 # Options of a quick run that does everything: 512 tokens a step, evaluation, checkpoints.
@@ -52,7 +52,8 @@ QUICK = ["--tiny", "--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=32"
          "--warmup_steps=40"]
 
 each_arch = pytest.mark.parametrize("arch", ARCHS)
-each_transformer = pytest.mark.parametrize("arch", [arch for arch in ARCHS if arch != "rwkv"])
+each_in_transformers = pytest.mark.parametrize("arch", sorted(HF))
+each_with_attention = pytest.mark.parametrize("arch", [arch for arch in ARCHS if arch != "rwkv"])
 
 
 # ---- files and models ------------------------------------------------------------------------------------------------
@@ -115,6 +116,8 @@ def quick(arch):
         return [option for option in QUICK if not option.startswith("--n_head=")] + ["--head_dim=16"]
     if arch == "deepseek":
         return [*QUICK, "--n_dense_layer=0"]
+    if arch == "mta":
+        return [*QUICK, "--kq_period=1"]
     return QUICK
 
 

@@ -36,8 +36,8 @@ import torch.nn.functional as F
 
 import common
 import fineweb
-from conftest import (ARCHS, HF, ROOT, SCRIPTS, bad, checkpoint_of, each_arch, each_transformer, quick,
-                      small_config, small_model, source_of, tokens, train, trained_model)
+from conftest import (ARCHS, HF, ROOT, SCRIPTS, bad, checkpoint_of, each_arch, each_in_transformers,
+                      each_with_attention, quick, small_config, small_model, source_of, tokens, train, trained_model)
 
 
 def randn(*shape, seed=0, dtype=torch.float32):
@@ -72,6 +72,7 @@ def test_the_training_loop_is_the_same_in_every_script():
 OWN_OPTIONS = {
     "gpt2": ["init_from"],
     "deepseek": ["bias_update_speed", "balance_loss_alpha", "mtp_loss_weight"],
+    "mta": ["batch_size"],
     "rwkv": ["batch_size", "beta2", "chunk_size", "recompute"],
 }
 
@@ -90,7 +91,7 @@ def test_the_training_options_are_the_same_in_every_script():
         assert defaults(arch, "run", ["log_dir"]) == defaults("gpt2", "run", ["log_dir"]), arch
         assert SCRIPTS[arch].Config().log_dir == f"log/{arch}"
     assert SCRIPTS["rwkv"].Config().beta2 == 0.99
-    assert SCRIPTS["rwkv"].Config().batch_size == 32
+    assert SCRIPTS["rwkv"].Config().batch_size == SCRIPTS["mta"].Config().batch_size == 32
 
 
 # the options of each model's shape, listed by hand: a checkpoint can only be resumed with the same values
@@ -104,6 +105,7 @@ MODEL_OPTIONS = {
     "deepseek": {"n_head", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
                  "rope_theta", "init_std", "n_dense_layer", "ffn_dim", "moe_ffn_dim", "n_routed_experts",
                  "n_activated_experts", "n_shared_experts", "n_group", "topk_group", "route_scale", "mtp"},
+    "mta": {"n_head", "n_kv_head", "ffn_dim", "rope_theta", "norm_eps", "kq_period", "query_kernel", "key_kernel"},
     "rwkv": {"head_dim", "ffn_dim"},
 }
 
@@ -134,43 +136,44 @@ class Difference(NamedTuple):
     reason: str
 
 
-ALL_SEVEN = "deepseek | gemma | gpt2 | llama | mistral | phi | rwkv"
+ALL_APART = "deepseek | gemma | gpt2 | llama | mistral | mta | phi | rwkv"
 EXCEPTIONS = [
-    Difference("Attention.__init__", "deepseek | gemma | llama | mistral | phi",
-               "latents in DeepSeek, norms in Gemma, windows in Mistral, one matrix for q, k, v in Phi"),
-    Difference("Attention.forward", "deepseek | gemma | llama | mistral | phi", "as Attention.__init__"),
-    Difference("Block.__init__", "deepseek | gemma | gpt2 | llama mistral phi | rwkv",
-               "experts in DeepSeek, four norms in Gemma, LayerNorm in GPT-2, time and channel mix in RWKV"),
-    Difference("Block.forward", "deepseek | gemma | gpt2 | llama phi | mistral | rwkv",
-               "as Block.__init__; Mistral hands a mask to its windows"),
-    Difference("Config", ALL_SEVEN, "each architecture has options of its shape"),
-    Difference("Config.__post_init__", ALL_SEVEN, "each architecture has limits of its shape"),
-    Difference("MLP.__init__", "deepseek | gemma llama mistral | gpt2 | phi",
+    Difference("Attention.__init__", "deepseek | gemma | llama | mistral | mta | phi",
+               "latents in DeepSeek, norms in Gemma, windows in Mistral, kernels in MTA, fused matrices in Phi"),
+    Difference("Attention.forward", "deepseek | gemma | llama | mistral | mta | phi", "as Attention.__init__"),
+    Difference("Block.__init__", "deepseek | gemma | gpt2 | llama mistral phi | mta | rwkv",
+               "experts in DeepSeek, four norms in Gemma, LayerNorm in GPT-2, kernels in some blocks of MTA, time and "
+               "channel mix in RWKV"),
+    Difference("Block.forward", "deepseek | gemma | gpt2 | llama mta phi | mistral | rwkv",
+               "as Block.__init__, but for MTA; Mistral hands a mask to its windows"),
+    Difference("Config", ALL_APART, "each architecture has options of its shape"),
+    Difference("Config.__post_init__", ALL_APART, "each architecture has limits of its shape"),
+    Difference("MLP.__init__", "deepseek | gemma llama mistral mta | gpt2 | phi",
                "DeepSeek chooses the width, GPT-2 has no gate, Phi has gate and up in one matrix"),
-    Difference("MLP.forward", "deepseek llama mistral | gemma | gpt2 | phi",
+    Difference("MLP.forward", "deepseek llama mistral mta | gemma | gpt2 | phi",
                "GELU in Gemma and GPT-2, no gate in GPT-2, one matrix in Phi"),
-    Difference("Model.__init__", ALL_SEVEN, "each architecture has its own modules and initialisation"),
-    Difference("Model.compile", "deepseek | gemma mistral | gpt2 | llama phi | rwkv",
+    Difference("Model.__init__", ALL_APART, "each architecture has its own modules and initialisation"),
+    Difference("Model.compile", "deepseek | gemma mistral | gpt2 | llama mta phi | rwkv",
                "one more block in DeepSeek, a mask for windows; LayerNorm is a kernel of its own in GPT-2 and RWKV"),
-    Difference("Model.configure_optimizers", "deepseek | gemma llama mistral phi | gpt2 | rwkv",
-               "experts in DeepSeek, other names and positions in GPT-2, three groups in RWKV"),
-    Difference("Model.flops_per_token", "deepseek | gemma | gpt2 | llama phi | mistral | rwkv",
-               "idle experts, windows, learned positions and RWKV's state are counted differently"),
-    Difference("Model.forward", "deepseek | gemma gpt2 llama mistral phi | rwkv",
+    Difference("Model.configure_optimizers", "deepseek | gemma llama mistral phi | gpt2 | mta | rwkv",
+               "experts in DeepSeek, other names and positions in GPT-2, kernels in MTA, three groups in RWKV"),
+    Difference("Model.flops_per_token", "deepseek | gemma | gpt2 | llama phi | mistral | mta | rwkv",
+               "idle experts, windows, learned positions, kernels and RWKV's state are counted differently"),
+    Difference("Model.forward", "deepseek | gemma gpt2 llama mistral mta phi | rwkv",
                "extra losses in DeepSeek, L2Wrap in RWKV"),
-    Difference("Model.hidden", "deepseek | gemma | gpt2 | llama phi | mistral | rwkv",
+    Difference("Model.hidden", "deepseek | gemma | gpt2 | llama mta phi | mistral | rwkv",
                "each hands its blocks something else: rope, masks, positions, a state"),
-    Difference("Model.loss", "deepseek gemma gpt2 llama mistral phi | rwkv", "L2Wrap in RWKV"),
-    Difference("Model.num_params", "deepseek | gemma llama mistral phi | gpt2 | rwkv",
+    Difference("Model.loss", "deepseek gemma gpt2 llama mistral mta phi | rwkv", "L2Wrap in RWKV"),
+    Difference("Model.num_params", "deepseek | gemma llama mistral mta phi | gpt2 | rwkv",
                "idle experts in DeepSeek, positions in GPT-2, an untied head in RWKV"),
-    Difference("RMSNorm.__init__", "deepseek | gemma | llama mistral phi",
+    Difference("RMSNorm.__init__", "deepseek | gemma | llama mistral mta phi",
                "a default of eps in DeepSeek; the weight starts at 0 in Gemma"),
-    Difference("RMSNorm.forward", "deepseek llama mistral phi | gemma", "Gemma multiplies by 1 + w"),
-    Difference("main", "deepseek gemma llama mistral phi rwkv | gpt2",
+    Difference("RMSNorm.forward", "deepseek llama mistral mta phi | gemma", "Gemma multiplies by 1 + w"),
+    Difference("main", "deepseek gemma llama mistral mta phi rwkv | gpt2",
                "--init_from sets GPT-2's shape in a line before the loop"),
-    Difference("rotate", "deepseek | gemma llama mistral | phi",
+    Difference("rotate", "deepseek | gemma llama mistral mta | phi",
                "DeepSeek turns pairs of neighbours, Phi a part of the head"),
-    Difference("to_hf", ALL_SEVEN, "each has its own class in transformers, RWKV its own format of checkpoints"),
+    Difference("to_hf", ALL_APART, "each has its own class in transformers, RWKV its own format of checkpoints"),
 ]
 
 
@@ -267,6 +270,7 @@ PARAMS = {
     "phi": 123_587_328,
     "gemma": 123_607_296,
     "deepseek": 122_999_040,
+    "mta": 123_597_084,
     "rwkv": 122_606_080,
 }
 
@@ -286,6 +290,8 @@ FLOPS = {
     "phi": transformer_flops(PARAMS["phi"], 12 * 1024),
     "gemma": transformer_flops(PARAMS["gemma"], 10 * 256 + 2 * 1024),
     "deepseek": transformer_flops(DEEPSEEK_USED, 13 * 1024),
+    # each weight of a kernel or mixing matrix meets every score
+    "mta": transformer_flops(PARAMS["mta"], 12 * 1024) + 6 * 1024 * (12 * 2 * 12 * 12 + 3 * 2 * 12 * 6 * 11),
     # without the embedding, but with the head; the steps of the state
     "rwkv": 6 * (PARAMS["rwkv"] - 50304 * 640) + 27 * 11 * 640 * 64,
 }
@@ -327,7 +333,7 @@ def test_published_small_shapes(monkeypatch):
 
 # ---- parity with the reference implementations -----------------------------------------------------------------------
 
-@each_transformer
+@each_in_transformers
 def test_logits_and_gradients_equal_transformers(arch):
     model = small_model(arch)
     to_hf = SCRIPTS[arch].to_hf
@@ -1509,7 +1515,7 @@ def test_the_residual_stream_is_bf16_under_autocast(arch):
     assert seen == [torch.bfloat16] * (4 if arch == "deepseek" else 3)
 
 
-@each_transformer
+@each_in_transformers
 def test_attention_comes_out_in_the_memory_order_of_its_projection(arch, monkeypatch):
     """What leaves the kernel has the layout of the queries: in another one o_proj copies it, in every layer of every
     step."""
@@ -1539,7 +1545,7 @@ def test_every_parameter_is_in_one_group_and_learns(arch, optimizer):
     assert set(grouped) == set(model.parameters())
 
     def should_decay(name, p):
-        return p.dim() >= 2 and (arch != "rwkv" or name.endswith(".weight"))
+        return p.dim() >= 2 and (arch not in ("rwkv", "mta") or name.endswith(".weight"))
 
     decayed = {p for group in opt.param_groups for p in group["params"] if group["weight_decay"] > 0}
     assert decayed == {p for name, p in model.named_parameters() if should_decay(name, p)}
@@ -1566,11 +1572,17 @@ def expected_std(arch, name):
     return 0.02
 
 
-@each_transformer
+@each_with_attention
 def test_initialisation(arch):
     cfg = small_config(arch, n_layer=8, n_embd=256, ffn_dim=512, n_head=4, block_size=256)
     for name, p in SCRIPTS[arch].Model(cfg).state_dict().items():
-        if p.dim() >= 2:
+        if "mixing" in name:
+            assert torch.equal(p, torch.eye(4))
+        elif "kernel" in name:
+            assert p.sum() == 4 and (p[:, -1, 5] == 1).all()  # only a query and its key, for each of four heads
+        elif "attn.gate" in name:
+            continue  # test_it_starts_as_llama in test_mta.py
+        elif p.dim() >= 2:
             std = expected_std(arch, name)
             assert abs(p.std() / std - 1) < 0.03, name
             assert abs(p.mean()) < std / 20, name
@@ -1598,6 +1610,10 @@ BAD_SHAPES = [  # architecture, option, what the error must name
     ("deepseek", "--topk_group=5", "topk_group=5"),
     ("deepseek", "--n_activated_experts=9", "n_activated_experts=9"),
     ("deepseek", "--block_size=1", "block_size=1"),
+    ("mta", "--key_kernel=4", "key_kernel=4"),
+    ("mta", "--query_kernel=0", "query_kernel=0"),
+    ("mta", "--kq_period=0", "kq_period=0"),
+    ("mta", "--n_kv_head=5", "n_kv_head=5"),
     ("rwkv", "--head_dim=48", "head_dim=48"),
     ("rwkv", "--head_dim=1", "head_dim=1"),
     ("rwkv", "--chunk_size=48", "chunk_size=48"),

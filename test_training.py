@@ -42,7 +42,7 @@ import common
 import fineweb
 import hellaswag
 import run
-from conftest import (HF, QUICK, ROOT, SCRIPTS, Answer, Reduced, bad, checkpoint_of, each_arch, each_transformer,
+from conftest import (HF, QUICK, ROOT, SCRIPTS, Answer, Reduced, bad, checkpoint_of, each_arch, each_in_transformers,
                       log_of, quick, serve, shards, shell, small_model, stream_of, tokens, train, trained_model,
                       write_jsonl)
 
@@ -876,7 +876,7 @@ def test_compiled_is_the_same(arch, monkeypatch, gpt2_bpe, hellaswag_items, caps
     assert names == compiled_names
 
 
-@each_transformer
+@each_in_transformers
 def test_export_opens_with_transformers(arch, monkeypatch, capsys):
     from transformers import AutoModelForCausalLM
     train(arch, monkeypatch, *quick(arch))
@@ -1059,7 +1059,7 @@ OLD_NAMES = {  # settings under the names that vLLM, SGLang and llama.cpp's conv
 }
 
 
-@each_transformer
+@each_in_transformers
 def test_an_export_has_the_names_of_other_readers(arch):
     model = small_model(arch, vocab_size=256, rope_theta=1234.0, rope_theta_local=77.0)
     SCRIPTS[arch].to_hf(model).save_pretrained("exported")
@@ -1070,7 +1070,7 @@ def test_an_export_has_the_names_of_other_readers(arch):
     assert config["eos_token_id"] == 0
 
 
-@each_transformer
+@each_in_transformers
 def test_transformers_4_reads_an_export(arch, gpt2_bpe):
     """The logits are those of the script, and the tokens those of training, with bases of the rotation that are not the
     defaults. DeepSeek's multi-token prediction, which no release before transformers 5 has, is not part of the
