@@ -2,7 +2,7 @@
 These tests check train_mta.py, Multi-Token Attention. The reference is written here from the equations of the paper
 (arXiv 2504.00927, sections 2 and 3), in float64, and reads the exported weights, which carry the names of the authors'
 code: once as loops over plain numbers, and once as sums of shifted tensors, which have gradients. The authors' code
-itself is not a package; the reference and both forms of train_mta.py were compared with it by hand.
+itself is not a package; train_mta.py was compared with it by hand.
 
     pytest -q test_mta.py
 """
@@ -168,8 +168,23 @@ def random_inputs(M=4, G=2, T=20, D=8, query_kernel=6, key_kernel=11, B=2, dtype
     return [randn(*shape, seed=seed, dtype=dtype) * (1.0 if seed < 3 else 0.3) for seed, shape in enumerate(shapes)]
 
 
-FORMS = [train_mta.key_query_attention, train_mta.key_query_attention_by_products]
-each_form = pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
+def attention_by_convolution(q, k, v, mixing_before, mixing_after, kernel_before, kernel_after):
+    """The definition with PyTorch's convolution, in which the mistakes below are made."""
+    _, M, T, D = q.shape
+    _, query_kernel, key_kernel = kernel_before.shape
+    k, v = (x.repeat_interleave(M // x.size(1), dim=1) for x in (k, v))
+    future = torch.ones(T, T, dtype=torch.bool).triu(1)
+
+    def convolve(x, kernel):
+        beside = key_kernel // 2
+        x = F.pad(x, (beside, beside, query_kernel - 1, 0))
+        return F.conv2d(x, kernel[:, None], groups=M)
+
+    scores = (q @ k.mT * D ** -0.5).masked_fill(future, 0)
+    scores = torch.einsum("oh,bhij->boij", mixing_before, convolve(scores, kernel_before))
+    weights = scores.masked_fill(future, -torch.inf).softmax(-1)
+    weights = convolve(weights, kernel_after).masked_fill(future, 0)
+    return torch.einsum("oh,bhij->boij", mixing_after, weights) @ v
 
 
 @pytest.mark.parametrize("shape", [
@@ -178,7 +193,7 @@ each_form = pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name_
 def test_attention_equals_loops_over_numbers(shape):
     inputs = random_inputs(B=1, D=3, **shape)
     expected = attention_by_loops(*[x[0] for x in inputs[:3]], *inputs[3:])[None]
-    for form in (attention_by_sums, *FORMS):
+    for form in attention_by_sums, attention_by_convolution, train_mta.key_query_attention:
         torch.testing.assert_close(form(*inputs), expected, atol=1e-12, rtol=0)
     expected = attention_by_loops(*[x[0] for x in inputs[:3]], *inputs[3:5], None, None)[None]
     for form in attention_by_sums, train_mta.head_mixing_attention:
@@ -190,17 +205,16 @@ def test_attention_equals_loops_over_numbers(shape):
     for T, query_kernel, key_kernel in [
         (70, 6, 11), (1, 6, 11), (2, 6, 11), (5, 6, 11), (7, 6, 11), (11, 6, 11), (12, 6, 11), (20, 3, 5), (20, 2, 9),
         (20, 6, 1), (20, 1, 7), (20, 1, 1), (20, 4, 41)]], ids=str)
-def test_both_forms_have_the_gradients_of_the_definition(shape):
+def test_attention_has_the_gradients_of_the_definition(shape):
     """Gradients of queries, keys, values, mixing matrices and kernels in float64, also for texts shorter than a
     kernel."""
     inputs = [x.requires_grad_() for x in random_inputs(**shape)]
     expected = attention_by_sums(*inputs)
     gradient = randn(*expected.shape, seed=9, dtype=torch.float64)
     reference = torch.autograd.grad(expected, inputs, gradient, allow_unused=True)
-    for form in FORMS:
-        y = form(*inputs)
-        torch.testing.assert_close(y, expected, atol=1e-12, rtol=0)
-        assert_all_close(torch.autograd.grad(y, inputs, gradient), reference, atol=1e-11)
+    y = train_mta.key_query_attention(*inputs)
+    torch.testing.assert_close(y, expected, atol=1e-12, rtol=0)
+    assert_all_close(torch.autograd.grad(y, inputs, gradient), reference, atol=1e-11)
     expected = attention_by_sums(*inputs[:5])
     reference = torch.autograd.grad(expected, inputs[:5], gradient)
     y = train_mta.head_mixing_attention(*inputs[:5])
@@ -210,9 +224,7 @@ def test_both_forms_have_the_gradients_of_the_definition(shape):
 @pytest.mark.parametrize("options", [
     dict(), dict(n_kv_head=4), dict(n_kv_head=1, query_kernel=3, key_kernel=5),
     dict(n_head=6, n_embd=96, n_kv_head=2, query_kernel=2, key_kernel=9)], ids=str)
-@each_form
-def test_logits_and_gradients_equal_the_reference(options, form, monkeypatch):
-    monkeypatch.setattr(train_mta, "key_query_attention", form)
+def test_logits_and_gradients_equal_the_reference(options):
     model = random_model(**options)
     idx = tokens(2, 48)
     weights = {name: x.double().requires_grad_() for name, x in train_mta.to_hf(model).items()}
@@ -264,18 +276,17 @@ def edit_function(name, old, new):
 
 
 def definition(old, new):
-    """Make a change in the definition of key-query attention."""
-    return edit_function("key_query_attention", old, new)
+    """Make a change that puts the definition, with a piece of its text replaced, in place of key-query attention."""
+    text = inspect.getsource(attention_by_convolution)
+    assert text.count(old) == 1
+    namespace = {}
+    exec(text.replace(old, new), globals(), namespace)
+    return replace_function("key_query_attention", namespace["attention_by_convolution"])
 
 
 def products(old, new):
-    """Make a change in the form for GPUs, which takes the place of the definition."""
-    def change(model, script, patch):
-        patch.setattr(script, "key_query_attention", script.key_query_attention_by_products)
-        edit_function("key_query_attention_by_products", old, new)(model, script, patch)
-        patch.setattr(script, "key_query_attention", script.key_query_attention_by_products)
-        return model
-    return change
+    """Make a change in the script's key-query attention."""
+    return edit_function("key_query_attention", old, new)
 
 
 def attention(old, new):
@@ -364,10 +375,10 @@ MISTAKES = [
     # LLaMA
     Mistake("theta of LLaMA", "mta", option(rope_theta=500000.0)),
 
-    # the form for GPUs
+    # the form without convolutions
     Mistake("products without the first correction", "mta", products("(scores - from_diagonals(masked))", "scores")),
     Mistake("products without the second correction", "mta", products(
-        'y = y - torch.einsum("bhtn,bgtnd->bhtgd", masked, neighbours(v, range(1, n + 1))).flatten(3)', "")),
+        'y = y - torch.einsum("bhnt,bnct->bhct", masked, neighbours(v, range(1, n + 1), 1))', "")),
     Mistake("products with reversed values", "mta", products("around[::-1]", "around")),
     Mistake("products with kernels of too short a reach", "mta", products(
         "n = query_kernel + key_kernel // 2", "n = key_kernel // 2")),
@@ -388,13 +399,12 @@ def test_parity_notices(mistake, monkeypatch):
 
 # ---- what it must do -------------------------------------------------------------------------------------------------
 
-@each_form
-def test_the_reach_of_a_layer(form):
+def test_the_reach_of_a_layer():
     """A row depends on the last 11 queries where there are kernels of 6, and on its own query elsewhere; on no future
     key or value, and on every past one."""
     inputs = [x.requires_grad_() for x in random_inputs(T=40, B=1)]
     q, k, v, *_ = inputs
-    for y, reach in (form(*inputs), 10), (train_mta.head_mixing_attention(*inputs[:5]), 0):
+    for y, reach in (train_mta.key_query_attention(*inputs), 10), (train_mta.head_mixing_attention(*inputs[:5]), 0):
         for row in 1, 5, 25, 39:
             gradients = torch.autograd.grad(y[:, :, row].sum(), (q, k, v), retain_graph=True)
             queries, keys, values = (g.abs().amax((0, 1, 3)) > 1e-12 for g in gradients)
@@ -417,7 +427,7 @@ def test_it_starts_as_llama():
     model = train_mta.Model(small_config("mta", n_layer=4, kq_period=4))
     q, k, v, *_ = random_inputs(T=40, dtype=torch.float32, D=16)
     expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    for layer, form in (0, train_mta.head_mixing_attention), (2, FORMS[0]), (2, FORMS[1]):
+    for layer, form in (0, train_mta.head_mixing_attention), (2, train_mta.key_query_attention):
         attn = model.model.layers[layer].self_attn
         kernels = (attn.kernel_before, attn.kernel_after) if layer == 2 else ()
         y = form(q, k, v, attn.mixing_before, attn.mixing_after, *kernels)
@@ -446,7 +456,7 @@ def test_right_padding_is_harmless():
     torch.testing.assert_close(padded_logits[:, :30], logits[:, :30], atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize("form", [train_mta.head_mixing_attention, *FORMS], ids=lambda form: form.__name__)
+@pytest.mark.parametrize("form", [train_mta.head_mixing_attention, train_mta.key_query_attention])
 def test_bf16_is_as_close_as_it_can_be(form):
     """Near the identity, values and gradients in bf16 are those of float64 but for bf16's rounding of 0.4%."""
     inputs = random_inputs(T=48, D=16)
@@ -469,10 +479,8 @@ def test_bf16_is_as_close_as_it_can_be(form):
         assert (a - b).norm() < 0.02 * b.norm()
 
 
-@each_form
-def test_compiled_it_has_two_kinds_of_block(form, monkeypatch):
+def test_compiled_it_has_two_kinds_of_block():
     """Compiled block by block there is one graph with kernels and one without, whatever the number of layers."""
-    monkeypatch.setattr(train_mta, "key_query_attention", form)
     idx = tokens(2, 48)
     model = random_model().train()
     _, expected = model(idx, idx)

@@ -153,104 +153,90 @@ def mix_own_group(y, mixing, G):
     return torch.einsum("goh,bhtgd->bgotd", mixing.unflatten(0, (G, -1)), y).flatten(1, 2)
 
 
-def key_query_attention(q, k, v, mixing_before, mixing_after, kernel_before, kernel_after):
-    """The same with key-query convolutions of scores and of weights, by definition (equations 3
-    to 7): each is a sum over the last query_kernel queries and the key_kernel keys around a key.
-
-    kernel_before, kernel_after: (M, query_kernel, key_kernel), one for each head."""
-    _, M, T, D = q.shape
-    _, query_kernel, key_kernel = kernel_before.shape
-    k, v = (x.repeat_interleave(M // x.size(1), dim=1) for x in (k, v))
-    future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
-
-    def convolve(x, kernel):
-        beside = key_kernel // 2
-        x = F.pad(x, (beside, beside, query_kernel - 1, 0))
-        return F.conv2d(x, kernel[:, None], groups=M)
-
-    scores = (q @ k.mT * D ** -0.5).masked_fill(future, 0)
-    scores = torch.einsum("oh,bhij->boij", mixing_before, convolve(scores, kernel_before))
-    weights = scores.masked_fill(future, -torch.inf).softmax(-1)
-    weights = convolve(weights, kernel_after).masked_fill(future, 0)
-    return torch.einsum("oh,bhij->boij", mixing_after, weights) @ v
-
-
 def read_at(x, offset):
-    """Return x (..., T, X) read so many tokens further on, or further back if offset < 0, and zero
+    """Return x (..., T) read so many tokens further on, or further back if offset < 0, and zero
     outside the text."""
-    T = x.size(-2)
+    T = x.size(-1)
     offset = max(-T, min(offset, T))
-    return F.pad(x, (0, 0, -offset, offset))
+    return F.pad(x, (-offset, offset))
 
 
-def neighbours(x, offsets):
-    """Return (..., T, len(offsets), X): what x (..., T, X) has at each offset from each token."""
-    return torch.stack([read_at(x, offset) for offset in offsets], dim=-2)
+def neighbours(x, offsets, dim):
+    """Stack what x (..., T) has at each of the offsets from each token in a new dimension."""
+    return torch.stack([read_at(x, offset) for offset in offsets], dim)
 
 
 def diagonals(x, n):
-    """Return y (..., T, n) with y[i, d] = x[i, i - d] for x (..., T, T), and zero where i < d."""
+    """Return y (..., n, T) with y[d, i] = x[i, i - d] for x (..., T, T), and zero where i < d."""
     T = x.size(-1)
     # rows of T + n - 1 numbers, read as rows of T + n: each starts one column further on
     x = F.pad(F.pad(x, (n - 1, 0)).flatten(-2), (0, T))
-    return x.unflatten(-1, (T, T + n))[..., :n].flip(-1)
+    return x.unflatten(-1, (T, T + n))[..., :n].flip(-1).mT
 
 
 def from_diagonals(y):
-    """Return x (..., T, T) with x[i, i - d] = y[i, d] for y (..., T, n), and zero on all other
+    """Return x (..., T, T) with x[i, i - d] = y[d, i] for y (..., n, T), and zero on all other
     diagonals."""
-    T, n = y.shape[-2:]
-    x = F.pad(y.flip(-1), (0, T)).flatten(-2)[..., :T * (T + n - 1)]
+    n, T = y.shape[-2:]
+    x = F.pad(y.mT.flip(-1), (0, T)).flatten(-2)[..., :T * (T + n - 1)]
     return x.unflatten(-1, (T, T + n - 1))[..., n - 1:]
 
 
-def key_query_attention_by_products(q, k, v, mixing_before, mixing_after, kernel_before,
-                                    kernel_after):
-    """The same function for GPUs, on which convolutions of T x T scores are slow.
+def key_query_attention(q, k, v, mixing_before, mixing_after, kernel_before, kernel_after):
+    """Attention with key-query convolutions of scores and of weights (equations 3 to 7):
 
-    A convolution of the scores q . k is a product of neighbouring queries with convolved keys, and
-    convolved weights times values are the weights times convolved values. Close to the diagonal
-    this goes wrong, because the definition masks future keys before the one convolution and after
-    the other: what it masks is computed, and subtracted."""
-    _, M, T, D = q.shape
+        scores = mixing_before (kernel_before * [q k^T / sqrt(D)])
+        y = mixing_after [kernel_after * softmax(scores, with -inf for future keys)] v
+
+    where [] sets future keys to zero, and * is a sum over the last query_kernel queries and the
+    key_kernel keys around a key. Shapes as above; kernel_before, kernel_after: (M, query_kernel,
+    key_kernel), one for each head.
+
+    Convolutions of T x T numbers are slow, so there are none here. Convolved scores are products of
+    neighbouring queries with convolved keys, and convolved weights times values are the weights
+    times convolved values. This goes wrong only where [] sets something to zero, close to the
+    diagonal: what it should take away is computed, too, and subtracted."""
+    B, M, T, D = q.shape
     G = k.size(1)
     _, query_kernel, key_kernel = kernel_before.shape
     past = range(1 - query_kernel, 1)  # offsets of the queries under a kernel
     around = range(-(key_kernel // 2), key_kernel // 2 + 1)  # offsets of the keys
+    q, k = q.mT.contiguous(), k.mT.contiguous()  # time comes last, which saves copies
+    v = v.mT.flatten(1, 2)  # (B, G D, T): of all groups
 
     def across_the_diagonal(kernel, n, sign):
-        """Return the kernel's weights for keys on the other side of the diagonal, (M, query_kernel
-        n, n), from each distance 0 to n - 1 to each distance 0 to n - 1."""
+        """Return the kernel's weights between the two sides of the diagonal, from the distances 1
+        to n on one side to 0 to n - 1 on the other: (M, n, query_kernel n)."""
         query = torch.tensor(past, device=q.device)[:, None, None, None]
         key = torch.tensor(around, device=q.device)[:, None, None]
         distance = torch.arange(n, device=q.device)
-        between = distance[:, None] + 1 + distance
-        reached = (key == query + sign * between).to(kernel)
-        return torch.einsum("hqk,qkij->hqij", kernel, reached).flatten(1, 2)
+        reached = key == query + sign * (distance[:, None] + distance + 1)
+        return torch.einsum("hqk,qkij->hiqj", kernel, reached.to(kernel)).flatten(2)
 
-    keys = torch.einsum("bgtkd,ghqk->bghtqd", neighbours(k, around),
-                        kernel_before.unflatten(0, (G, -1))).flatten(1, 2)
-    scores = neighbours(q, past).flatten(-2) @ keys.flatten(-2).mT
+    queries = neighbours(q, past, 2).flatten(2, 3)  # (B, M, query_kernel D, T)
+    keys = kernel_before.view(G, -1, key_kernel) @ neighbours(k, around, 2).flatten(3)
+    scores = queries.mT @ keys.view(B, M, -1, T)
     # each query's scores with the n keys after it, and what the kernel makes of them
     n = query_kernel + key_kernel // 2
-    ahead = torch.einsum("bghtd,bgtnd->bghtn", q.unflatten(1, (G, -1)),
-                         neighbours(k, range(1, n + 1))).flatten(1, 2)
-    masked = neighbours(ahead, past).flatten(-2) @ across_the_diagonal(kernel_before, n, 1)
+    masked = torch.einsum("bghdt,bgndt->bghnt", q.unflatten(1, (G, -1)),
+                          neighbours(k, range(1, n + 1), 2)).flatten(1, 2)
+    masked = across_the_diagonal(kernel_before, n, 1) @ neighbours(masked, past, 2).flatten(2, 3)
     scores = (scores - from_diagonals(masked)) * D ** -0.5
 
     scores = torch.einsum("oh,bhij->boij", mixing_before, scores)
     future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
     weights = scores.masked_fill(future, -torch.inf).softmax(-1)
 
-    values = torch.einsum("bgtkd,hqk->bhtqgd", neighbours(v, around[::-1]), kernel_after)
-    y = (weights @ values.flatten(3)).unflatten(-1, (query_kernel, G * D))
-    y = sum(read_at(y[:, :, :, i], offset) for i, offset in enumerate(past))  # (B, M, T, G D)
-    # the weights that the kernel gives to the n keys after each query
+    values = kernel_after.view(-1, key_kernel) @ neighbours(v, around[::-1], 1).flatten(2)
+    parts = values.view(B, M, -1, T) @ weights.mT  # (B, M, query_kernel G D, T)
+    parts = parts.unflatten(2, (query_kernel, -1)).unbind(2)
+    y = sum(read_at(part, offset) for part, offset in zip(parts, past))  # (B, M, G D, T)
+    # the weights of the n keys before each query, and what the kernel gives to those after it
     n = key_kernel // 2 + 1
-    behind = neighbours(diagonals(weights, n), past).flatten(-2)
-    masked = behind @ across_the_diagonal(kernel_after, n, -1)
-    y = y - torch.einsum("bhtn,bgtnd->bhtgd", masked, neighbours(v, range(1, n + 1))).flatten(3)
-    return mix_own_group(y, mixing_after, G)
+    masked = neighbours(diagonals(weights, n), past, 2).flatten(2, 3)
+    masked = across_the_diagonal(kernel_after, n, -1) @ masked
+    y = y - torch.einsum("bhnt,bnct->bhct", masked, neighbours(v, range(1, n + 1), 1))
+    return mix_own_group(y.mT, mixing_after, G)
 
 
 class Attention(nn.Module):
@@ -282,8 +268,7 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         mixing = self.mixing_before, self.mixing_after
         if self.has_kernels:
-            attend = key_query_attention_by_products if x.is_cuda else key_query_attention
-            y = attend(q, k, v, *mixing, self.kernel_before, self.kernel_after)
+            y = key_query_attention(q, k, v, *mixing, self.kernel_before, self.kernel_after)
         else:
             y = head_mixing_attention(q, k, v, *mixing)
         y = self.norm(y.transpose(1, 2))  # each head by itself
