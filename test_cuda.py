@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import hellaswag
 from common import World, configure_compiler
 from conftest import ARCHS, SCRIPTS, Reduced, quick, small_model, stream_of, tokens, train
+from test_mta import attention_by_sums, random_inputs
 from test_models import WKV_MODES, naive_wkv, randn, wkv_inputs
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU")
@@ -84,6 +85,20 @@ def test_cuda_flex_attention():
         y = attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), size, block_mask)
         ours = [y, *torch.autograd.grad(y, (q, k, v), gradient.bfloat16())]
         assert (max(errors(ours, reference)) < 0.01) == close, errors(ours, reference)
+
+
+def test_cuda_key_query_attention():
+    """MTA's attention with kernels, compiled in bf16, is the definition in float64, forward and backward."""
+    inputs = [x.cuda().requires_grad_() for x in random_inputs(T=256, D=64)]
+    expected = attention_by_sums(*inputs)
+    gradient = randn(*expected.shape, seed=9).cuda()
+    reference = [expected, *torch.autograd.grad(expected, inputs, gradient.double())]
+    ours = [x.detach().float().requires_grad_() for x in inputs]
+    attention = torch.compile(SCRIPTS["mta"].key_query_attention, dynamic=False, fullgraph=True)
+    with torch.autocast("cuda", torch.bfloat16):
+        y = attention(*ours)
+    found = errors([y, *torch.autograd.grad(y, ours, gradient.to(y))], reference)
+    assert max(found) < 0.02, found
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -100,7 +100,7 @@ def attention_by_sums(q, k, v, mixing_before, mixing_after, kernel_before=None, 
     k = torch.stack([k[:, h // (M // k.size(1))] for h in range(M)], 1)
     v = torch.stack([v[:, h // (M // v.size(1))] for h in range(M)], 1)
     i = torch.arange(T)
-    past = i <= i[:, None]
+    past = (i <= i[:, None]).to(q.device)
     scores = (q[:, :, :, None] * k[:, :, None]).sum(-1) / math.sqrt(D)
     if equation == 5:
         scores = torch.where(past, scores, 0)
@@ -376,12 +376,14 @@ MISTAKES = [
     Mistake("theta of LLaMA", "mta", option(rope_theta=500000.0)),
 
     # the form without convolutions
-    Mistake("products without the first correction", "mta", products("(scores - from_diagonals(masked))", "scores")),
-    Mistake("products without the second correction", "mta", products(
-        'y = y - torch.einsum("bhnt,bnct->bhct", masked, neighbours(v, range(1, n + 1), 1))', "")),
-    Mistake("products with reversed values", "mta", products("around[::-1]", "around")),
-    Mistake("products with kernels of too short a reach", "mta", products(
-        "n = query_kernel + key_kernel // 2", "n = key_kernel // 2")),
+    Mistake("no diagonals of scores", "mta", products("torch.where(distance < n, close, scores)", "scores")),
+    Mistake("too few diagonals of scores", "mta", products("n = before + beside + 1", "n = before")),
+    Mistake("no diagonals of weights", "mta", products(
+        'y = y + torch.einsum("bhnt,bnct->bhct", close, neighbours(v, range(0, -reach, -1), 1))', "")),
+    Mistake("diagonals of weights counted twice", "mta", products("weights.masked_fill(distance < n, 0)", "weights")),
+    Mistake("too few diagonals of weights", "mta", products("n = beside + 1", "n = beside - 1")),
+    Mistake("too short a reach of weights", "mta", products("reach = n + beside + before", "reach = n + beside")),
+    Mistake("values reversed", "mta", products("around[::-1]", "around")),
 ]
 
 
@@ -407,7 +409,7 @@ def test_the_reach_of_a_layer():
     for y, reach in (train_mta.key_query_attention(*inputs), 10), (train_mta.head_mixing_attention(*inputs[:5]), 0):
         for row in 1, 5, 25, 39:
             gradients = torch.autograd.grad(y[:, :, row].sum(), (q, k, v), retain_graph=True)
-            queries, keys, values = (g.abs().amax((0, 1, 3)) > 1e-12 for g in gradients)
+            queries, keys, values = (g.abs().amax((0, 1, 3)) > 0 for g in gradients)
             assert queries.nonzero().flatten().tolist() == list(range(max(0, row - reach), row + 1))
             for seen in keys, values:
                 assert not seen[row + 1:].any()

@@ -192,50 +192,50 @@ def key_query_attention(q, k, v, mixing_before, mixing_after, kernel_before, ker
     key_kernel keys around a key. Shapes as above; kernel_before, kernel_after: (M, query_kernel,
     key_kernel), one for each head.
 
-    Convolutions of T x T numbers are slow, so there are none here. Convolved scores are products of
-    neighbouring queries with convolved keys, and convolved weights times values are the weights
-    times convolved values. This goes wrong only where [] sets something to zero, close to the
-    diagonal: what it should take away is computed, too, and subtracted."""
+    A convolution of T x T numbers is slow. But convolved scores are products of neighbouring
+    queries with convolved keys, and convolved weights times values are the weights times convolved
+    values: except close to the diagonal, where a kernel covers future keys. There are few such
+    diagonals, and they are convolved by themselves."""
     B, M, T, D = q.shape
     G = k.size(1)
     _, query_kernel, key_kernel = kernel_before.shape
-    past = range(1 - query_kernel, 1)  # offsets of the queries under a kernel
-    around = range(-(key_kernel // 2), key_kernel // 2 + 1)  # offsets of the keys
+    before, beside = query_kernel - 1, key_kernel // 2  # how far a kernel reaches
+    past = range(-before, 1)  # offsets of the queries under it
+    around = range(-beside, beside + 1)  # offsets of the keys
+    distance = torch.arange(T, device=q.device)[:, None] - torch.arange(T, device=q.device)
     q, k = q.mT.contiguous(), k.mT.contiguous()  # time comes last, which saves copies
     v = v.mT.flatten(1, 2)  # (B, G D, T): of all groups
 
-    def across_the_diagonal(kernel, n, sign):
-        """Return the kernel's weights between the two sides of the diagonal, from the distances 1
-        to n on one side to 0 to n - 1 on the other: (M, n, query_kernel n)."""
-        query = torch.tensor(past, device=q.device)[:, None, None, None]
-        key = torch.tensor(around, device=q.device)[:, None, None]
-        distance = torch.arange(n, device=q.device)
-        reached = key == query + sign * (distance[:, None] + distance + 1)
-        return torch.einsum("hqk,qkij->hiqj", kernel, reached.to(kernel)).flatten(2)
+    def convolve_diagonals(x, kernel, n):
+        """Return the first n diagonals of a convolved matrix, (B, M, n, T), from those of x."""
+        query = torch.tensor(past, device=x.device)[:, None, None, None]
+        key = torch.tensor(around, device=x.device)[:, None, None]
+        from_distance = torch.arange(x.size(2), device=x.device)
+        to_distance = torch.arange(n, device=x.device)[:, None]
+        reached = (key == query + to_distance - from_distance).to(kernel)
+        weights = torch.einsum("hqk,qkji->hjqi", kernel, reached).flatten(2)
+        return weights @ neighbours(x, past, 2).flatten(2, 3)
 
     queries = neighbours(q, past, 2).flatten(2, 3)  # (B, M, query_kernel D, T)
     keys = kernel_before.view(G, -1, key_kernel) @ neighbours(k, around, 2).flatten(3)
     scores = queries.mT @ keys.view(B, M, -1, T)
-    # each query's scores with the n keys after it, and what the kernel makes of them
-    n = query_kernel + key_kernel // 2
-    masked = torch.einsum("bghdt,bgndt->bghnt", q.unflatten(1, (G, -1)),
-                          neighbours(k, range(1, n + 1), 2)).flatten(1, 2)
-    masked = across_the_diagonal(kernel_before, n, 1) @ neighbours(masked, past, 2).flatten(2, 3)
-    scores = (scores - from_diagonals(masked)) * D ** -0.5
+    n = before + beside + 1  # on so many diagonals a kernel covers future keys
+    close = neighbours(k, range(0, -n - beside, -1), 2)  # the keys that matter there
+    close = torch.einsum("bghdt,bgndt->bghnt", q.unflatten(1, (G, -1)), close).flatten(1, 2)
+    close = from_diagonals(convolve_diagonals(close, kernel_before, n))
+    scores = torch.where(distance < n, close, scores) * D ** -0.5
 
     scores = torch.einsum("oh,bhij->boij", mixing_before, scores)
-    future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
-    weights = scores.masked_fill(future, -torch.inf).softmax(-1)
+    weights = scores.masked_fill(distance < 0, -torch.inf).softmax(-1)
 
     values = kernel_after.view(-1, key_kernel) @ neighbours(v, around[::-1], 1).flatten(2)
-    parts = values.view(B, M, -1, T) @ weights.mT  # (B, M, query_kernel G D, T)
-    parts = parts.unflatten(2, (query_kernel, -1)).unbind(2)
-    y = sum(read_at(part, offset) for part, offset in zip(parts, past))  # (B, M, G D, T)
-    # the weights of the n keys before each query, and what the kernel gives to those after it
-    n = key_kernel // 2 + 1
-    masked = neighbours(diagonals(weights, n), past, 2).flatten(2, 3)
-    masked = across_the_diagonal(kernel_after, n, -1) @ masked
-    y = y - torch.einsum("bhnt,bnct->bhct", masked, neighbours(v, range(1, n + 1), 1))
+    n = beside + 1  # from so many diagonals weight would come to future keys
+    parts = values.view(B, M, -1, T) @ weights.masked_fill(distance < n, 0).mT
+    parts = parts.unflatten(2, (query_kernel, -1)).unbind(2)  # each (B, M, G D, T)
+    y = sum(read_at(part, offset) for part, offset in zip(parts, past))
+    reach = n + beside + before
+    close = convolve_diagonals(diagonals(weights, n), kernel_after, reach)
+    y = y + torch.einsum("bhnt,bnct->bhct", close, neighbours(v, range(0, -reach, -1), 1))
     return mix_own_group(y.mT, mixing_after, G)
 
 
