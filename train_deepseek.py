@@ -307,9 +307,10 @@ class Experts(nn.Module):
             return self.compute_all_experts(x, expert, weight)
         # sort all N * K (token, expert) pairs by expert; ends[e] is the end of expert e's pairs
         N, K = expert.shape
-        sorted_expert, order = expert.flatten().sort(stable=True)
+        short = expert.flatten().to(torch.int16)  # a GPU sorts bit by bit: 16 are enough, not 64
+        sorted_expert, order = short.sort(stable=True)
         inverse = torch.empty_like(order).scatter(0, order, torch.arange(N * K, device=x.device))
-        experts = torch.arange(len(down_proj), device=x.device)
+        experts = torch.arange(len(down_proj), dtype=torch.int16, device=x.device)
         ends = torch.searchsorted(sorted_expert, experts, right=True, out_int32=True)
         rows = Permute.apply(x.repeat_interleave(K, dim=0), order, inverse)
         # each expert's MLP on its rows
