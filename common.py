@@ -80,7 +80,8 @@ class RunConfig:
     # names of options that shape the training, not the model; a script may add its own
     training_options = {
         "total_batch_size", "batch_size", "max_steps", "warmup_steps", "learning_rate",
-        "min_lr_ratio", "weight_decay", "beta1", "beta2", "grad_clip", "optimizer"}
+        "min_lr_ratio", "weight_decay", "beta1", "beta2", "grad_clip", "optimizer", "embd_lr",
+        "head_lr", "matrix_lr", "vector_lr"}
     # least <= value < bound; options not listed: whole numbers from 1, other numbers from 0
     limits = {"beta1": (0, 1), "beta2": (0, 1), "seed": (0, 2**63), "n_embd": (1, 2**20),
               "n_head": (1, 2**20)} | dict.fromkeys(
@@ -400,29 +401,6 @@ def cosine_lr(cfg, step):
     progress = min(1.0, (step - cfg.warmup_steps) / max(1, cfg.max_steps - cfg.warmup_steps))
     cosine = 0.5 * (1 + math.cos(math.pi * progress))
     return cfg.learning_rate * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * cosine)
-
-
-class Optimizers(list):
-    """Several optimizers that look like one: Muon for the matrices, AdamW for the rest."""
-
-    @property
-    def param_groups(self):
-        return [group for optimizer in self for group in optimizer.param_groups]
-
-    def step(self):
-        for optimizer in self:
-            optimizer.step()
-
-    def zero_grad(self):
-        for optimizer in self:
-            optimizer.zero_grad()
-
-    def state_dict(self):
-        return [optimizer.state_dict() for optimizer in self]
-
-    def load_state_dict(self, states):
-        for optimizer, state in zip(self, states, strict=True):
-            optimizer.load_state_dict(state)
 
 
 def generate(model, tokenizer, prompt, device, seed, new_tokens=100, temperature=0.8, top_k=50):

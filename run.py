@@ -93,9 +93,9 @@ def check_memory(cfg, world, Model, accumulation):
 
 # ---- checkpoints ---------------------------------------------------------------------------------
 
-def save_checkpoint(path, arch, step, model, optimizer, scaler, tokens_per_second):
+def save_checkpoint(path, arch, step, model, optimizer_state, scaler, tokens_per_second):
     state = {"arch": arch, "step": step, "config": asdict(model.cfg), "model": model.state_dict(),
-             "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+             "optimizer": optimizer_state, "scaler": scaler.state_dict(),
              "tokens_per_second": tokens_per_second}
     with replacing(path) as file:
         torch.save(state, file)
@@ -444,11 +444,12 @@ class Run:
     def save(self, step):
         """Write a checkpoint, and delete those that are too old."""
         self.flush()
+        optimizer_state = self.optimizer.state_dict()  # all processes take part in it
         if self.file:
             if self.seconds:
                 self.tokens_per_second = round(self.cfg.total_batch_size / np.median(self.seconds))
             self.checkpoint = os.path.join(self.cfg.log_dir, f"model_{step:05d}.pt")
-            save_checkpoint(self.checkpoint, self.arch, step, self.model, self.optimizer,
+            save_checkpoint(self.checkpoint, self.arch, step, self.model, optimizer_state,
                             self.scaler, self.tokens_per_second)
             self.write_info()
             delete_old_checkpoints(self.cfg.log_dir, step, self.cfg.keep_checkpoints)

@@ -42,10 +42,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from common import (Optimizers, RunConfig, ShardLoader, accumulation_steps,
+from common import (RunConfig, ShardLoader, accumulation_steps,
                     configure_compiler, cosine_lr, init_world, parse_args)
 from fineweb import end_of_text, get_tokenizer, one_line_errors
 from hellaswag import load_hellaswag
+from muon import Muon, Optimizers
 from run import Run, check_memory, use_checkpoint
 
 ARCH = "deepseek"
@@ -89,6 +90,9 @@ class Config(RunConfig):
     beta2: float = 0.95  # AdamW: decay rate of the running mean of squares
     grad_clip: float = 1.0  # largest global norm of the gradient; 0: no clipping
     optimizer: str = "adamw"  # adamw, or muon for the matrices in the blocks and AdamW for the rest
+    embd_lr: float = 1.0  # multiple of the learning rate for the embedding
+    matrix_lr: float = 1.0  # the same for the matrices in the blocks
+    vector_lr: float = 1.0  # the same for all other parameters
     bias_update_speed: float = 0.001  # gamma, change of a bias per step; 0 in the last 3%
     balance_loss_alpha: float = 0.0001  # weight of the sequence-wise balance loss
     mtp_loss_weight: float = 0.3  # weight of the loss of multi-token prediction; 1/3 at the end
@@ -514,29 +518,30 @@ class Model(nn.Module):
     def configure_optimizers(self, cfg, device_type):
         """Return a fused AdamW, with weight decay for matrices and the embedding but not for
         norms; each of its steps ends with update_bias. With --optimizer=muon the matrices inside
-        the blocks go to Muon (Jordan et al. 2024), whose steps are scaled to the size of AdamW's
-        (arXiv 2502.16982), but neither routers nor experts, as torch's Muon takes no stacks of
-        matrices."""
-        blocks, others = [], []
+        the blocks go to Muon instead, but for the routers; each expert's by itself."""
+        matrices = {"weight_decay": cfg.weight_decay, "lr_scale": cfg.matrix_lr}
+        linear = {**matrices, "params": []}
+        routers = {**matrices, "params": []}
+        gate_up = {**matrices, "params": [], "rows": [cfg.moe_ffn_dim, cfg.moe_ffn_dim]}
         for module in self.modules():
             if isinstance(module, nn.Linear) and module is not self.lm_head:
-                blocks.append(module.weight)
-            elif isinstance(module, (nn.Embedding, Gate, Experts)):
-                others += module.parameters()
-        vectors = [p for p in self.parameters() if p.dim() < 2]
+                linear["params"].append(module.weight)
+            elif isinstance(module, Gate):
+                routers["params"].append(module.weight)
+            elif isinstance(module, Experts):
+                gate_up["params"].append(module.gate_up_proj)
+                linear["params"].append(module.down_proj)
+        embd = {"params": [self.model.embed_tokens.weight],
+                "weight_decay": cfg.weight_decay, "lr_scale": cfg.embd_lr}
+        vectors = {"params": [p for p in self.parameters() if p.dim() < 2],
+                   "weight_decay": 0.0, "lr_scale": cfg.vector_lr}
         muon = cfg.optimizer == "muon"
-        decayed = others if muon else others + blocks
         adamw = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": cfg.weight_decay},
-             {"params": vectors, "weight_decay": 0.0}],
+            [embd, routers, vectors] if muon else [embd, routers, linear, gate_up, vectors],
             lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), eps=1e-8,
             fused=device_type in ("cuda", "cpu"))
         adamw.register_step_post_hook(self.update_bias)
-        if not muon:
-            return adamw
-        return Optimizers([adamw, torch.optim.Muon(
-            blocks, lr=cfg.learning_rate, weight_decay=cfg.weight_decay,
-            adjust_lr_fn="match_rms_adamw")])
+        return Optimizers([adamw, Muon([linear, gate_up], lr=cfg.learning_rate)]) if muon else adamw
 
 
 def to_hf(model):
@@ -632,7 +637,7 @@ def main():
         run.begin_update()
         lr = cosine_lr(cfg, step)
         for group in optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1.0)  # RWKV's w0 learns at twice the rate
+            group["lr"] = lr * group["lr_scale"]  # kinds of parameters have rates of their own
         train_loss = torch.zeros((), device=world.device)
         for micro_step in range(accumulation):
             x, y, _ = next(batches)

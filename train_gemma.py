@@ -35,10 +35,11 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from common import (Optimizers, RunConfig, ShardLoader, accumulation_steps,
+from common import (RunConfig, ShardLoader, accumulation_steps,
                     configure_compiler, cosine_lr, init_world, parse_args)
 from fineweb import end_of_text, get_tokenizer, one_line_errors
 from hellaswag import load_hellaswag
+from muon import Muon, Optimizers
 from run import Run, check_memory, use_checkpoint
 
 ARCH = "gemma"
@@ -72,6 +73,9 @@ class Config(RunConfig):
     beta2: float = 0.95  # AdamW: decay rate of the running mean of squares
     grad_clip: float = 1.0  # largest global norm of the gradient; 0: no clipping
     optimizer: str = "adamw"  # adamw, or muon for the matrices in the blocks and AdamW for the rest
+    embd_lr: float = 1.0  # multiple of the learning rate for the embedding
+    matrix_lr: float = 1.0  # the same for the matrices in the blocks
+    vector_lr: float = 1.0  # the same for all other parameters
     # run: see RunConfig in common.py
     log_dir: str = f"log/{ARCH}"
 
@@ -295,23 +299,18 @@ class Model(nn.Module):
 
     def configure_optimizers(self, cfg, device_type):
         """Return a fused AdamW, with weight decay for matrices and the embedding but not for norms.
-        With --optimizer=muon the matrices inside the blocks go to Muon (Jordan et al. 2024), whose
-        steps are scaled to the size of AdamW's (arXiv 2502.16982)."""
-        blocks = [p for p in self.model.layers.parameters() if p.dim() == 2]
-        embeddings = [self.model.embed_tokens.weight]
-        vectors = [p for p in self.parameters() if p.dim() < 2]
+        With --optimizer=muon the matrices inside the blocks go to Muon instead."""
+        embd = {"params": [self.model.embed_tokens.weight],
+                "weight_decay": cfg.weight_decay, "lr_scale": cfg.embd_lr}
+        matrices = {"params": [p for p in self.model.layers.parameters() if p.dim() == 2],
+                    "weight_decay": cfg.weight_decay, "lr_scale": cfg.matrix_lr}
+        vectors = {"params": [p for p in self.parameters() if p.dim() < 2],
+                   "weight_decay": 0.0, "lr_scale": cfg.vector_lr}
         muon = cfg.optimizer == "muon"
-        decayed = embeddings if muon else embeddings + blocks
         adamw = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": cfg.weight_decay},
-             {"params": vectors, "weight_decay": 0.0}],
-            lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), eps=1e-8,
-            fused=device_type in ("cuda", "cpu"))
-        if not muon:
-            return adamw
-        return Optimizers([adamw, torch.optim.Muon(
-            blocks, lr=cfg.learning_rate, weight_decay=cfg.weight_decay,
-            adjust_lr_fn="match_rms_adamw")])
+            [embd, vectors] if muon else [embd, matrices, vectors], lr=cfg.learning_rate,
+            betas=(cfg.beta1, cfg.beta2), eps=1e-8, fused=device_type in ("cuda", "cpu"))
+        return Optimizers([adamw, Muon([matrices], lr=cfg.learning_rate)]) if muon else adamw
 
 
 def to_hf(model):
@@ -403,7 +402,7 @@ def main():
         run.begin_update()
         lr = cosine_lr(cfg, step)
         for group in optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1.0)  # RWKV's w0 learns at twice the rate
+            group["lr"] = lr * group["lr_scale"]  # kinds of parameters have rates of their own
         train_loss = torch.zeros((), device=world.device)
         for micro_step in range(accumulation):
             x, y, _ = next(batches)

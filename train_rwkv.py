@@ -38,10 +38,11 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint
 
-from common import (Optimizers, RunConfig, ShardLoader, accumulation_steps,
+from common import (RunConfig, ShardLoader, accumulation_steps,
                     configure_compiler, cosine_lr, init_world, parse_args)
 from fineweb import get_tokenizer, one_line_errors
 from hellaswag import load_hellaswag
+from muon import Muon, Optimizers
 from run import Run, check_memory, use_checkpoint
 
 ARCH = "rwkv"
@@ -68,6 +69,10 @@ class Config(RunConfig):
     beta2: float = 0.99  # AdamW: decay rate of the running mean of squares (the authors' value)
     grad_clip: float = 1.0  # largest global norm of the gradient; 0: no clipping
     optimizer: str = "adamw"  # adamw, or muon for the matrices in the blocks and AdamW for the rest
+    embd_lr: float = 1.0  # multiple of the learning rate for the embedding
+    head_lr: float = 1.0  # the same for the head
+    matrix_lr: float = 1.0  # the same for the matrices in the blocks
+    vector_lr: float = 1.0  # the same for all other parameters
     chunk_size: int = 64  # tokens per chunk of the time mix (8 to 128): changes speed, not results
     recompute: bool = False  # recompute the time mix in the backward pass: less memory, slower
     # run: see RunConfig in common.py
@@ -400,26 +405,24 @@ class Model(nn.Module):
     def configure_optimizers(self, cfg, device_type):
         """Return a fused AdamW, with weight decay only for the weights of linear layers and
         embeddings, and twice the learning rate for w0 (model.py). With --optimizer=muon the
-        linear layers in the blocks go to Muon (Jordan et al. 2024), whose steps are scaled to
-        the size of AdamW's (arXiv 2502.16982)."""
-        blocks = [m.weight for m in self.blocks.modules() if isinstance(m, nn.Linear)]
-        outer = [self.emb.weight, self.head.weight]
-        w0 = [block.att.w0 for block in self.blocks]
-        grouped = {id(p) for p in blocks + outer + w0}
-        others = [p for p in self.parameters() if id(p) not in grouped]
+        linear layers in the blocks go to Muon instead."""
+        embd = {"params": [self.emb.weight],
+                "weight_decay": cfg.weight_decay, "lr_scale": cfg.embd_lr}
+        head = {"params": [self.head.weight],
+                "weight_decay": cfg.weight_decay, "lr_scale": cfg.head_lr}
+        matrices = {"params": [m.weight for m in self.blocks.modules() if isinstance(m, nn.Linear)],
+                    "weight_decay": cfg.weight_decay, "lr_scale": cfg.matrix_lr}
+        w0 = {"params": [block.att.w0 for block in self.blocks],
+              "weight_decay": 0.0, "lr_scale": 2 * cfg.vector_lr}
+        grouped = {id(p) for group in (embd, head, matrices, w0) for p in group["params"]}
+        others = {"params": [p for p in self.parameters() if id(p) not in grouped],
+                  "weight_decay": 0.0, "lr_scale": cfg.vector_lr}
         muon = cfg.optimizer == "muon"
-        decayed = outer if muon else outer + blocks
         adamw = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": cfg.weight_decay},
-             {"params": w0, "weight_decay": 0.0, "lr_scale": 2.0},
-             {"params": others, "weight_decay": 0.0}],
+            [embd, head, w0, others] if muon else [embd, head, matrices, w0, others],
             lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), eps=1e-18,
             fused=device_type in ("cuda", "cpu"))
-        if not muon:
-            return adamw
-        return Optimizers([adamw, torch.optim.Muon(
-            blocks, lr=cfg.learning_rate, weight_decay=cfg.weight_decay,
-            adjust_lr_fn="match_rms_adamw")])
+        return Optimizers([adamw, Muon([matrices], lr=cfg.learning_rate)]) if muon else adamw
 
 
 def to_hf(model):
@@ -493,7 +496,7 @@ def main():
         run.begin_update()
         lr = cosine_lr(cfg, step)
         for group in optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1.0)  # RWKV's w0 learns at twice the rate
+            group["lr"] = lr * group["lr_scale"]  # kinds of parameters have rates of their own
         train_loss = torch.zeros((), device=world.device)
         for micro_step in range(accumulation):
             x, y, _ = next(batches)

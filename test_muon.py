@@ -1,0 +1,271 @@
+"""
+These tests check muon.py, and the learning rates by kind of parameter. The reference is the paper's update in float64,
+in which an orthogonalised matrix is computed from its singular values, and PyTorch's own Muon.
+
+    pytest -q test_muon.py
+"""
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import muon
+from conftest import (ARCHS, ROOT, SCRIPTS, bad, checkpoint_of, each_arch, log_of, quick, shell, small_config,
+                      small_model, stream_of, tokens, train)
+from muon import Muon
+from test_models import randn
+
+
+def reference_orthogonal(x):
+    """Return U f(S) V^T in float64: five times the polynomial f(s) = a s + b s^3 + c s^5 on the singular values."""
+    U, s, Vh = torch.linalg.svd(x.double(), full_matrices=False)
+    s = s / s.square().sum().sqrt()
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    return U @ torch.diag(s) @ Vh
+
+
+def reference_muon(p, gradients, lr, weight_decay, first_update=0):
+    """Return the matrix p after one update for each gradient, in float64."""
+    p = p.double()
+    average = torch.zeros_like(p)
+    for update, gradient in enumerate(gradients, first_update):
+        mu = 0.95 if update >= 300 else 0.85 + 0.1 * update / 300
+        average = mu * average + (1 - mu) * gradient
+        direction = (1 - mu) * gradient + mu * average
+        p = p - lr * weight_decay * p - lr * 0.2 * math.sqrt(max(p.shape)) * reference_orthogonal(direction)
+    return p
+
+
+def updated(p, gradients, lr=0.02, weight_decay=0.1, first_update=0, Optimizer=Muon, **options):
+    """Return a parameter after one update by Muon for each gradient."""
+    p = torch.nn.Parameter(p.clone())
+    optimizer = Optimizer([{"params": [p], "weight_decay": weight_decay, **options}], lr=lr)
+    optimizer.updates = first_update
+    for gradient in gradients:
+        p.grad = gradient.clone()
+        optimizer.step()
+    return p.detach()
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (40, 12), (12, 40), (1, 8)])
+@pytest.mark.parametrize("first_update", [0, 298, 1000])
+def test_an_update_is_the_papers(shape, first_update):
+    p = randn(*shape)
+    gradients = [randn(*shape, seed=seed) for seed in range(1, 5)]
+    ours = updated(p, gradients, first_update=first_update)
+    expected = reference_muon(p, gradients, 0.02, 0.1, first_update)
+    torch.testing.assert_close(ours.double(), expected, atol=2e-5, rtol=0)
+    for wrong in (reference_muon(p, gradients, 0.02, 0.0, first_update),  # no decay
+                  reference_muon(p, gradients, 0.02, 0.1, first_update=150)):  # another momentum
+        assert (ours - wrong).abs().max() > 2e-4 or shape == (1, 8)  # a row has one direction, whatever the momentum
+
+
+def test_torchs_muon_is_the_same_in_bf16():
+    """PyTorch's has a constant momentum, and rounds to bf16 on every device."""
+    def torchs(groups, lr):
+        return torch.optim.Muon(groups, lr=lr, adjust_lr_fn="match_rms_adamw")
+
+    for shape in (32, 32), (64, 24), (24, 64):
+        p = randn(*shape)
+        gradients = [randn(*shape, seed=seed) for seed in range(1, 5)]
+        change = updated(p, gradients, first_update=300) - p
+        expected = updated(p, gradients, Optimizer=torchs) - p
+        assert (change - expected).norm() < 0.01 * expected.norm()
+        early = updated(p, gradients) - p  # negative control: the first updates have less momentum
+        assert (early - expected).norm() > 0.01 * expected.norm()
+
+
+def test_matrices_that_are_stored_as_one_are_treated_apart():
+    """Queries, keys and values of different heights, and experts with two matrices each."""
+    rows = [16, 8, 8]
+    p = randn(32, 16)
+    gradient = randn(32, 16, seed=1) * torch.tensor([10.0] * 16 + [1.0] * 16)[:, None]  # loud queries
+    ours = updated(p, [gradient], rows=rows)
+    pairs = zip(p.split(rows), gradient.split(rows))
+    assert torch.equal(ours, torch.cat([updated(matrix, [part]) for matrix, part in pairs]))
+    fused = updated(p, [gradient], weight_decay=0) - p
+    apart = updated(p, [gradient], weight_decay=0, rows=rows) - p
+    assert fused[16:].square().mean() < 0.5 * apart[16:].square().mean()  # the loud part takes it all
+
+    experts, gradient = randn(3, 16, 20), randn(3, 16, 20, seed=1)
+    ours = updated(experts, [gradient], rows=[8, 8])
+    for expert in range(3):
+        for part in slice(0, 8), slice(8, 16):
+            alone = updated(experts[expert, part], [gradient[expert, part]])
+            torch.testing.assert_close(ours[expert, part], alone, atol=1e-6, rtol=0)
+
+
+def test_an_update_is_as_large_as_adamws():
+    """The root mean square of an update is about 0.2 times the learning rate, for every shape."""
+    for shape in (64, 64), (64, 256), (256, 64), (4, 32, 64):
+        p = torch.zeros(shape)
+        update = updated(p, [randn(*shape, seed=seed) for seed in range(10)][-1:], lr=1.0)
+        assert 0.15 < update.square().mean().sqrt() < 0.25
+
+
+STORED_AS_ONE = {  # heights of the matrices in a parameter of the small models
+    "gpt2": {"c_attn": [64, 64, 64]},
+    "phi": {"qkv_proj": [64, 32, 32], "gate_up_proj": [160, 160]},
+    "deepseek": {"experts.gate_up_proj": [48, 48]},
+}
+
+
+@each_arch
+def test_muon_has_the_matrices_and_knows_their_parts(arch):
+    cfg = small_config(arch, optimizer="muon")
+    model = small_model(arch)
+    adamw, ours = model.configure_optimizers(cfg, "cpu")
+    names = {p: name for name, p in model.named_parameters()}
+    stored = STORED_AS_ONE.get(arch, {})
+    for group in ours.param_groups:
+        for p in group["params"]:
+            assert p.dim() >= 2 and not any(word in names[p] for word in ("embed", "wte", "wpe", "lm_head", "head."))
+            rows = [rows for name, rows in stored.items() if name in names[p]]
+            assert group.get("rows") == (rows[0] if rows else None), names[p]
+    matrices = {names[p] for p in ours.params}
+    others = {names[p] for group in adamw.param_groups for p in group["params"]}
+    assert matrices | others == set(names.values())
+    large = {name for name in others if dict(model.named_parameters())[name].dim() >= 2}
+    words = {"gpt2": "wte wpe", "deepseek": "embed_tokens gate.weight", "mta": "embed_tokens mixing kernel",
+             "rwkv": "emb.weight head.weight att. ffn.x_k"}.get(arch, "embed_tokens").split()
+    assert all(any(word in name for word in words) for name in large), large
+
+
+@each_arch
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_rates_by_kind(arch, optimizer):
+    """Each kind of parameter has its multiple of the learning rate; a rate of zero leaves it as it is."""
+    rates = dict(embd_lr=2.0, matrix_lr=3.0, vector_lr=5.0, head_lr=7.0)
+    model = small_model(arch)
+    scales = {}
+    for group in model.configure_optimizers(small_config(arch, optimizer=optimizer, **rates), "cpu").param_groups:
+        for p in group["params"]:
+            scales[p] = group["lr_scale"]
+    assert set(scales) == set(model.parameters())
+    for name, p in model.named_parameters():
+        if "embed" in name or "wte" in name or "wpe" in name or name == "emb.weight":
+            expected = 2.0
+        elif name == "head.weight":
+            expected = 7.0
+        elif p.dim() < 2 or "mixing" in name or "kernel" in name:
+            expected = 5.0
+        elif arch == "rwkv":
+            expected = 10.0 if name.endswith("w0") else 3.0 if name.endswith("weight") else 5.0
+        else:
+            expected = 3.0
+        assert scales[p] == expected, name
+
+
+def test_a_rate_of_zero_changes_nothing(monkeypatch):
+    train("gpt2", monkeypatch, *quick("gpt2"), "--optimizer=muon", "--matrix_lr=0", "--checkpoint_interval=4")
+    first, last = (checkpoint_of(step=step)["model"] for step in (4, 8))
+    for name, p in first.items():
+        still = name.startswith("transformer.h.") and p.dim() == 2
+        assert torch.equal(p, last[name]) == still, name
+
+
+SHARED = r"""
+import os, sys, torch, torch.distributed as dist
+from muon import Muon
+if "RANK" in os.environ:
+    dist.init_process_group("gloo")
+rank = int(os.environ.get("RANK", 0))
+generator = torch.Generator().manual_seed(0)
+shapes = [(8, 24), (24, 8), (3, 8, 16), (32, 16), (4, 4)]
+params = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+optimizer = Muon([{"params": params[:3], "weight_decay": 0.1}, {"params": params[3:]}], lr=0.02)
+if os.path.exists("state.pt"):
+    state = torch.load("state.pt")
+    optimizer.load_state_dict(state["optimizer"])
+    with torch.no_grad():
+        for p, saved in zip(params, state["params"]):
+            p.copy_(saved)
+    generator.set_state(state["generator"])
+for _ in range(4):
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator)
+    optimizer.step()
+held = [p.numel() for p in params if p in optimizer.state]
+print(rank, sum(held), sum(p.numel() for p in params))
+state = optimizer.state_dict()
+if rank == 0:
+    params = [p.data for p in params]
+    torch.save({"params": params, "optimizer": state, "generator": generator.get_state()}, sys.argv[1])
+"""
+
+
+def run_shared(name, processes):
+    """Make four updates in this number of processes, from state.pt if it exists, and return what they wrote to a file,
+    and what each process said."""
+    with open("shared.py", "w") as f:
+        f.write(SHARED)
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    result = subprocess.run([sys.executable, *launch, "shared.py", name], capture_output=True, text=True,
+                            env={**os.environ, "PYTHONPATH": ROOT})
+    assert result.returncode == 0, result.stderr
+    return torch.load(name), [tuple(map(int, line.split())) for line in result.stdout.splitlines()]
+
+
+def test_the_work_is_shared_and_the_result_the_same():
+    """Two processes have the bits of one, each with its share of the momentum; the state moves between them."""
+    one, _ = run_shared("one.pt", 1)
+    two, said = run_shared("two.pt", 2)
+
+    def assert_same(a, b):
+        assert all(torch.equal(x, y) for x, y in zip(a["params"], b["params"], strict=True))
+        assert a["optimizer"]["updates"] == b["optimizer"]["updates"]
+        for x, y in zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values(), strict=True):
+            assert torch.equal(x["momentum_buffer"], y["momentum_buffer"])
+
+    assert_same(one, two)
+    held = [numbers for _, numbers, _ in said]
+    assert sum(held) == said[0][2] and max(held) < 0.7 * said[0][2]
+    os.rename("two.pt", "state.pt")
+    one, _ = run_shared("one.pt", 1)
+    two, _ = run_shared("two.pt", 2)
+    assert_same(one, two)
+    assert one["optimizer"]["updates"] == 8
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "deepseek"])
+def test_a_run_resumes_with_its_momentum(arch, monkeypatch):
+    """With two processes a resumed log has the bytes of a whole one; the number of processes may change."""
+    options = [*quick(arch), "--optimizer=muon"]
+    for folder, steps in ("whole", 8), ("stopped", 4):
+        result = shell(f"train_{arch}.py", *options, f"--log_dir=log/{folder}", processes=2)
+        assert result.returncode == 0, result.stderr
+    for step in 6, 8:
+        os.remove(f"log/stopped/model_{step:05d}.pt")
+    os.makedirs("log/one")
+    os.link("log/stopped/model_00004.pt", "log/one/model_00004.pt")
+    result = shell(f"train_{arch}.py", *options, "--log_dir=log/stopped", "--resume=auto", processes=2)
+    assert result.returncode == 0, result.stderr
+    assert log_of("log/stopped") == log_of("log/whole")
+    train(arch, monkeypatch, *options, "--log_dir=log/one", "--resume=auto")
+    whole, one = stream_of("train", "log/whole")[4:], stream_of("train", "log/one")
+    assert one == pytest.approx(whole, rel=1e-5)
+
+
+def test_the_state_of_another_optimizer_is_refused(monkeypatch, capsys):
+    """Such as that of PyTorch's Muon, which earlier versions used."""
+    options = [*quick("gpt2"), "--optimizer=muon"]
+    train("gpt2", monkeypatch, *options)
+    path = "log/gpt2-tiny/model_00008.pt"
+    checkpoint = checkpoint_of()
+    del checkpoint["optimizer"][1]["updates"]
+    torch.save(checkpoint, path)
+    bad(capsys, lambda: train("gpt2", monkeypatch, *options, "--resume=auto"), path, "no state of this optimizer")
+
+
+def test_orthogonalize_takes_zeros_and_stacks():
+    assert not muon.orthogonalize(torch.zeros(2, 4, 3)).any()
+    x = randn(5, 4, 7)
+    together = muon.orthogonalize(x)
+    for matrix, result in zip(x, together):
+        torch.testing.assert_close(result, muon.orthogonalize(matrix), atol=1e-5, rtol=0)
+        s = torch.linalg.svdvals(result)
+        assert s.max() < 1.3 and s.min() > 0.3
