@@ -4,6 +4,7 @@ Compare training runs: print one table, best run first, of finished runs and run
     python compare.py                           # every run below log/
     python compare.py log/gpt2 log/llama*       # these runs
     python compare.py --plot=curves.png         # also draw the curves (needs matplotlib)
+    python compare.py log/hybrid* --effects     # what each option that differs does to the loss
 
 A run is a folder with log.txt, run.json (its options) and hella_<step>.npy, which says for each
 HellaSwag item whether the model was right. A log.txt without run.json is read as build-nanogpt's,
@@ -18,6 +19,10 @@ HellaSwag is compared item by item with the first line: the difference in points
 and a p-value. One run against one run is tested with McNemar's exact test (Dietterich 1998,
 "Approximate Statistical Tests for Comparing Supervised Classification Learning Algorithms",
 section 3.1). Otherwise the p-value comes from the normal distribution, as the interval does.
+
+--effects fits the validation loss of all runs by least squares: a term for each level of an option
+and for each pair of options, as in the analysis of factorial designs (Box, Hunter and Hunter,
+"Statistics for Experimenters", 2nd edition, chapters 5 and 6). Other seeds are replicates.
 """
 import json
 import math
@@ -27,6 +32,7 @@ import sys
 from collections import defaultdict
 from dataclasses import dataclass, fields
 from functools import cached_property
+from itertools import combinations
 from statistics import mode
 
 import numpy as np
@@ -37,6 +43,8 @@ from fineweb import Parser, fail, one_line_errors
 # Runs are comparable only if these options are equal.
 SETTING = ("data_dir", "vocab_size", "block_size", "total_batch_size", "max_steps", "warmup_steps",
            "learning_rate", "min_lr_ratio", "val_tokens", "init_from")
+# The options of these that --effects studies like any other option that differs.
+STUDIED = {"learning_rate", "warmup_steps", "min_lr_ratio"}
 # These options may change when a run resumes: what is trained stays the same.
 NEUTRAL = {field.name for field in fields(RunConfig)} - {"data_dir", "dtype", "seed"}
 NEUTRAL |= {"batch_size", "chunk_size", "recompute"}
@@ -294,7 +302,7 @@ def usual_group(groups):
 def reasons_not_comparable(group, usual):
     """Return the reasons why a group is not comparable with groups of the usual group's setting."""
     reasons = list(group.changes)
-    for name in SETTING:
+    for name in group.setting:
         if group.setting[name] != usual.setting[name]:
             value, expected = (shown(each.options.get(name)) for each in (group, usual))
             reasons.append(f"{name}={value} instead of {expected}")
@@ -348,10 +356,12 @@ def choose_stream(groups):
     return "val_full"
 
 
-def rank(results):
+def rank(results, studied=()):
     """Return the groups in the order of the table, with reasons, remarks and distinct labels, and
-    the stream of the validation loss that they show."""
+    the stream of the validation loss that they show. The options `studied` may differ."""
     groups = cluster(results)
+    for group in groups:
+        group.setting = {k: value for k, value in group.setting.items() if k not in studied}
     described = [group for group in groups if group.results[0].has_run_json]
     for group in described:
         group.reasons = reasons_not_comparable(group, usual_group(described))
@@ -439,15 +449,139 @@ def table_row(group, first, stream):
         "remarks": "; ".join(reasons + group.remarks)}
 
 
-def table(groups, stream):
-    """Return the table in Markdown."""
-    rows = [table_row(group, groups[0], stream) for group in groups]
+def table(rows):
+    """Return the rows, dicts {column: cell}, as a table in Markdown."""
     rows = [list(rows[0]), *(row.values() for row in rows)]
     rows = [[" ".join(cell.split()).replace("|", "/") for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     head, *lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
     rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
     return "\n".join([head, rule, *lines])
+
+
+def choose_options(groups):
+    """Return the options to fit as {name: its level in each group}, and those that follow others
+    as {name: the others}: where the others are equal, so are they.
+
+    An option follows one other, or up to three with fewer levels, as the width of an MLP that keeps
+    the parameters equal. Where two follow each other, the later one in run.json is left out; arch
+    never is. A group whose model lacks an option counts as having the baseline's level, that of the
+    first group which has it."""
+    settings = [{"arch": group.arch, **group.options} for group in groups]
+    levels = {}
+    for name in dict.fromkeys(name for setting in settings for name in setting):
+        baseline = next(setting[name] for setting in settings if name in setting)
+        levels[name] = [setting.get(name, baseline) for setting in settings]
+    levels = {name: values for name, values in levels.items() if len(set(values)) > 1}
+
+    def count(*names):
+        return len(set(zip(*(levels[name] for name in names))))
+
+    follows = {}
+    for name in sorted(levels, key=count)[::-1]:
+        others = [other for other in levels if other != name and other not in follows]
+        coarser = [other for other in others if count(other) < count(name)]
+        possible = [each for size in (2, 3) for each in combinations(coarser, size)]
+        possible = [(other,) for other in others] + possible
+        leaders = next((each for each in possible if count(*each, name) == count(*each)), None)
+        if leaders and name != "arch":
+            follows[name] = leaders
+    return {name: levels[name] for name in levels if name not in follows}, follows
+
+
+def sum_of(column, terms):
+    """Return the names of the terms {name: column} of which the column is a weighted sum, without
+    the mean's, or None if it is no such sum."""
+    known = np.stack(list(terms.values()), 1)  # (runs, terms)
+    weights = np.linalg.lstsq(known, column, rcond=None)[0]
+    if not np.allclose(known @ weights, column):
+        return None
+    return [name for name, weight in zip(terms, weights) if abs(weight) > 1e-9 and name != "mean"]
+
+
+def choose_terms(options, of_run):
+    """Return the terms to fit as {name: column (runs,)}, and notes on those that these runs cannot
+    tell apart. options: {name: its level in each group}; of_run: the group of each run.
+
+    One of L levels has the column 1 - 1/L in its runs and -1/L in the others, a pair twice the
+    product of its columns: then the coefficients are what `effects` explains."""
+    terms, option_of, notes = {"mean": np.ones(len(of_run))}, {}, []
+    for option, levels in options.items():
+        baseline, *others = dict.fromkeys(levels)
+        for level in others:
+            term = f"{option}={shown(level)}"
+            column = np.array([levels[i] == level for i in of_run]) - 1 / (1 + len(others))
+            if same := sum_of(column, terms):
+                notes.append(f"{term} cannot be told apart from {', '.join(same)}: not fitted.")
+            else:
+                terms[term], option_of[term] = column, option
+
+    pairs = {f"{a} x {b}": 2 * terms[a] * terms[b] for a, b in combinations(option_of, 2)
+             if option_of[a] != option_of[b]}
+    aliases, unclear = defaultdict(list), set()
+    for pair, column in pairs.items():
+        same = sum_of(column, terms)
+        if same is None:
+            terms[pair] = column
+        elif len(same) == 1:
+            aliases[same[0]].append(pair)
+        else:
+            unclear |= {pair, *same} & pairs.keys()
+    notes += [f"{term} cannot be told apart from {', '.join(others)}: its effect is that of all."
+              for term, others in aliases.items() if term not in unclear]
+    unclear.update(*(aliases[term] for term in unclear & aliases.keys()))
+    if unclear:
+        names = ", ".join(sorted(unclear)) if unclear < pairs.keys() else "all pairs"
+        notes.append(f"Not told apart from sums of other terms, and taken as zero: {names}.")
+    return {term: column for term, column in terms.items() if term not in unclear}, notes
+
+
+def noise(groups, residuals, n_terms):
+    """Return the standard deviation of the loss of equal runs, and a note on its source."""
+    if freedom := len(residuals) - len(groups):
+        squares, source = sum(np.var(g.losses) * len(g.losses) for g in groups), "seeds"
+    elif freedom := len(residuals) - n_terms:
+        squares, source = residuals @ residuals, "what the fit leaves over, as no seed differs"
+    else:
+        return math.nan, ("No residual degrees of freedom: standard errors need replicates, the "
+                          "same runs with another --seed.")
+    sigma = math.sqrt(squares / freedom)
+    return sigma, f"sigma = {sigma:.4f}, from {source} (degrees of freedom: {freedom})."
+
+
+def effects(groups, stream):
+    """Return the effects of the options on the validation loss, as a table and notes in text."""
+    for group in groups:
+        if group.reasons:
+            fail(f"--effects: {group.label} is not comparable: {'; '.join(group.reasons)}")
+        if "a seed comes twice" in group.remarks:
+            fail(f"--effects: {group.label}: a seed comes twice, which says nothing of the noise")
+    options, follows = choose_options(groups)
+    if not options:
+        fail("--effects needs runs that differ in an option: these do not")
+    of_run = [i for i, group in enumerate(groups) for _ in group.losses]
+    losses = np.concatenate([group.losses for group in groups])  # (runs,)
+    terms, unclear = choose_terms(options, of_run)
+    columns = np.stack(list(terms.values()), 1)  # (runs, terms)
+    inverse = np.linalg.pinv(columns)  # (terms, runs)
+    coefficients = inverse @ losses
+    sigma, source = noise(groups, losses - columns @ coefficients, len(terms))
+    errors = sigma * np.linalg.norm(inverse, axis=1)  # roots of the diagonal of sigma^2 (X'X)^-1
+
+    rows = sorted(zip(terms, coefficients.round(4) + 0.0, errors),  # + 0.0: no -0.0000
+                  key=lambda row: (" x " in row[0], -abs(row[1])))
+    rows = [{"option": term, "effect": f"{effect:+.4f}", "standard error": number(error, ".4f")}
+            for term, effect, error in rows if term != "mean"]
+    title = {"val": "Validation loss", "val_full": "Full validation loss"}[stream]
+    baseline = ", ".join(f"{name}={shown(levels[0])}" for name, levels in options.items())
+    followers = [f"{name} follows {', '.join(leaders)}: their effects include its own."
+                 for name, leaders in follows.items()]
+    return "\n".join([
+        f"{title}: {len(losses)} runs, {len(groups)} settings. Baseline, the best: {baseline}.", "",
+        table(rows), "", source, *followers, *unclear,
+        "Effect: the loss at this level minus that at the baseline, averaged over the others.",
+        "Pair a x b: half of what the effect of a gains when b leaves the baseline.",
+        "What only three options or more do together is taken as zero."])
 
 
 def legend_label(group, groups):
@@ -539,6 +673,8 @@ def main():
     parser.add_argument("paths", nargs="*", default=["log"],
                         help="folders to search for log.txt, or log files (default: log)")
     parser.add_argument("--plot", metavar="FILE", help="draw the curves over tokens and over FLOPs")
+    parser.add_argument("--effects", action="store_true",
+                        help="instead of the table, what each option that differs does to the loss")
     args = parser.parse_args()
     if args.plot is not None and not re.search(r"\w\.\w+$", args.plot):
         fail(f"--plot={args.plot} is not the name of an image: use a name such as curves.png")
@@ -560,9 +696,13 @@ def main():
     if not results:
         fail(f"no log to read in {' '.join(args.paths)}: train first, or name the folders of runs")
 
-    groups, stream = rank(results)
+    groups, stream = rank(results, STUDIED if args.effects else ())
     sys.stdout.reconfigure(errors="replace")  # the terminal may not be able to show ±
-    print(table(groups, stream), flush=True)
+    if args.effects:
+        print(effects(groups, stream), flush=True)
+    else:
+        rows = [table_row(group, groups[0], stream) for group in groups]
+        print(table(rows), flush=True)
     if args.plot:
         plot(groups, args.plot)
 

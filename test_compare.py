@@ -3,11 +3,13 @@ compare.py is checked on a CPU, on made-up folders and on two real runs: its ran
 what cannot be compared, its plot, and its errors.
 
     pytest -q test_compare.py                              # this file alone; test_models.py says what to install
-    pytest -q test_compare.py -k "sign or p_values"        # the statistics
+    pytest -q test_compare.py -k "sign or p_values"        # the statistics of HellaSwag
+    pytest -q test_compare.py -k effects                   # those of --effects
 
-The references are scipy's binomial test, the table of McNemar's test, a simulation of equal models, and formulas in the
-test itself. The comparison with scipy is skipped where scipy is not installed, the plot without matplotlib.
+The references are scipy's binomial test, the table of McNemar's test, a simulation of equal models, made-up effects that
+must be found again, and formulas in the test itself. The comparison with scipy is skipped where scipy is not installed, the plot without matplotlib.
 """
+import itertools
 import json
 import math
 import os
@@ -421,6 +423,153 @@ def test_the_plot_shows_errors_chance_and_short_labels(capsys):
     made_up("log/e1", "llama", 3.4, steps=500)
     made_up("log/e2", "llama", 3.4, steps=500, seed=2)
     assert drawn(capsys, "log/c", "log/e1", "log/e2")[1] == ["llama (c)", "llama (e*)"]
+
+
+FACTORS = {"pos": ("learned", "rope"), "bias": (True, False), "norm": ("layernorm", "rmsnorm"), "mlp": ("gelu", "swiglu"),
+           "n_kv_head": (12, 3)}
+FFN_DIM = {("gelu", 12): 3072, ("gelu", 3): 3648, ("swiglu", 12): 2048, ("swiglu", 3): 2432}  # equal parameters
+HALF_FRACTION = [signs for signs in itertools.product((-1, 1), repeat=5) if math.prod(signs) == 1]
+LADDER = [(1,) * n + (-1,) * (5 - n) for n in range(6)]
+# of an option, from its first level to its second, and of a pair, half of what one changes in the effect of the other
+EFFECTS = {("pos",): -0.05, ("bias",): 0.002, ("norm",): 0.008, ("mlp",): -0.04, ("n_kv_head",): 0.012,
+           ("pos", "bias"): 0.004, ("pos", "norm"): -0.006, ("pos", "mlp"): 0.014, ("pos", "n_kv_head"): -0.002,
+           ("bias", "norm"): 0.01, ("bias", "mlp"): -0.008, ("bias", "n_kv_head"): 0.016, ("norm", "mlp"): -0.012,
+           ("norm", "n_kv_head"): 0.018, ("mlp", "n_kv_head"): -0.02}
+
+
+def true_loss(signs, effects=EFFECTS):
+    """Return the loss of a made-up model; a sign of -1 stands for the first level of a factor, 1 for the second."""
+    sign = dict(zip(FACTORS, signs))
+    return 3.3 + sum(effect / 2 * math.prod(sign[name] for name in names) for names, effect in effects.items())
+
+
+def made_up_design(folder, design, loss=true_loss, seed=1, **options):
+    """Make a run for each setting of a design, a list of signs."""
+    for i, signs in enumerate(design):
+        levels = {name: both[sign > 0] for (name, both), sign in zip(FACTORS.items(), signs)}
+        ffn_dim = FFN_DIM[levels["mlp"], levels["n_kv_head"]]
+        made_up(f"{folder}/{i}-{seed}", "hybrid", loss(signs), seed=seed, **levels, ffn_dim=ffn_dim, **options)
+
+
+def effects_of(capsys, *paths):
+    """Return what --effects prints: {names of the options: (effect, standard error)}, from first to second level of the
+    factors, and the lines around the table."""
+    capsys.readouterr()
+    show(*paths, "--effects")
+    lines = capsys.readouterr().out.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("|--")) + 1
+    last = lines.index("", first)
+    found = {}
+    for line in lines[first:last]:
+        term, effect, error = (cell.strip() for cell in line.strip("|").split("|"))
+        effect = float(effect)
+        names = []
+        for part in term.split(" x "):
+            name, level = part.split("=")
+            names.append(name)
+            effect *= {str(FACTORS[name][0]): -1, str(FACTORS[name][1]): 1}[level]
+        found[tuple(names)] = effect, float(error.replace("-", "nan"))
+    return found, [lines[0], *lines[last + 1:]]
+
+
+def test_effects_of_a_half_fraction_are_exact(capsys):
+    made_up_design("log", HALF_FRACTION)
+    found, (title, noise, follows, *explained) = effects_of(capsys)
+    assert {names: effect for names, (effect, _) in found.items()} == EFFECTS
+    assert [*map(len, found)] == [1] * 5 + [2] * 10
+    sizes = [abs(effect) for effect, _ in found.values()]
+    assert sizes == sorted(sizes[:5])[::-1] + sorted(sizes[5:])[::-1]
+    assert title.startswith("Validation loss: 16 runs, 16 settings. Baseline, the best: ")
+    best = min(HALF_FRACTION, key=true_loss)
+    assert title.split("best: ")[1] == ", ".join(
+        f"{name}={levels[sign > 0]}" for (name, levels), sign in zip(FACTORS.items(), best)) + "."
+    assert "No residual degrees of freedom" in noise and "--seed" in noise
+    assert all(math.isnan(error) for _, error in found.values())
+    assert follows == "ffn_dim follows mlp, n_kv_head: their effects include its own."
+    assert len(explained) == 3 and "told apart" not in str(explained)
+    # each run has a part in every effect: a sixteenth of the mean of eight
+    add_to_log("log/0-1", f"1000 val {true_loss(HALF_FRACTION[0]) + 0.016:.4f}")
+    changed, _ = effects_of(capsys)
+    assert {round(abs(changed[names][0] - effect), 9) for names, effect in EFFECTS.items()} == {0.002}
+    for i in range(16):
+        add_to_log(f"log/{i}-1", f"1000 val_full {true_loss(HALF_FRACTION[i], {('norm',): 0.1}):.4f}")
+    found, (title, *_) = effects_of(capsys)
+    assert title.startswith("Full validation loss: 16 runs")
+    assert all(effect == (0.1 if names == ("norm",) else 0) for names, (effect, _) in found.items())
+
+
+def test_effects_have_the_standard_errors_of_the_noise(capsys):
+    rng = np.random.default_rng(0)
+    losses = np.array([[true_loss(signs) for signs in HALF_FRACTION]] * 3) + rng.normal(0, 0.02, (3, 16))
+    losses = losses.round(4)  # as in a log
+    for seed, row in enumerate(losses):
+        loss = dict(zip(HALF_FRACTION, row))
+        made_up_design("log", HALF_FRACTION, loss.get, seed=seed)
+    found, (title, noise, *_) = effects_of(capsys)
+    assert "48 runs, 16 settings" in title
+    sigma = math.sqrt(losses.var(axis=0, ddof=1).mean())
+    assert noise == f"sigma = {sigma:.4f}, from seeds (degrees of freedom: 32)."
+    signs = dict(zip(FACTORS, np.array(HALF_FRACTION).T))
+    for names, (effect, error) in found.items():
+        sign = np.prod([signs[name] for name in names], axis=0)
+        expected = losses[:, sign > 0].mean() - losses[:, sign < 0].mean()
+        assert effect == pytest.approx(expected, abs=0.6e-4)
+        assert error == pytest.approx(2 * sigma / math.sqrt(48), abs=0.6e-4)
+    # what the noise that was put in says
+    assert sigma == pytest.approx(0.02, rel=0.3)
+    z = [(found[names][0] - effect) / (2 * 0.02 / math.sqrt(48)) for names, effect in EFFECTS.items()]
+    assert max(map(abs, z)) < 3
+    assert 0.6 < np.std(z) < 1.4
+
+
+def test_effects_of_a_ladder_are_its_steps(capsys):
+    made_up_design("log", LADDER)
+    found, notes = effects_of(capsys)
+    steps = np.diff([true_loss(signs) for signs in LADDER])
+    assert {names: effect for names, (effect, _) in found.items()} == {
+        (name,): pytest.approx(step, abs=1e-9) for name, step in zip(FACTORS, steps)}
+    assert "No residual degrees of freedom" in notes[1]
+    assert "ffn_dim follows mlp, n_kv_head: their effects include its own." in notes
+    assert "Not told apart from sums of other terms, and taken as zero: all pairs." in notes
+    # one run again, with another seed
+    made_up_design("log", LADDER[:1], lambda signs: true_loss(signs) + 0.02, seed=2)
+    found, notes = effects_of(capsys)
+    sigma = 0.02 / math.sqrt(2)
+    assert notes[1] == f"sigma = {sigma:.4f}, from seeds (degrees of freedom: 1)."
+    assert found["pos",][1] == pytest.approx(sigma * math.sqrt(1 + 1 / 2), abs=0.6e-4)
+    assert found["mlp",][1] == pytest.approx(sigma * math.sqrt(1 + 1), abs=0.6e-4)
+    # one run outside the ladder instead: what the fit leaves over
+    made_up_design("other", LADDER, lambda signs: true_loss(signs, {("pos",): -0.05, ("bias",): -0.02}))
+    made_up_design("other/last", [(-1, 1, -1, -1, -1)], lambda signs: 3.3 + 0.025 - 0.01 + 0.012)
+    found, notes = effects_of(capsys, "other")
+    assert ("pos", "bias") in found and "No residual" in notes[1]  # two options in all four ways
+    made_up_design("other/last", [(-1, -1, 1, -1, -1)], lambda signs: 3.3 + 0.025 + 0.01, seed=3)
+    made_up_design("other/last", [(-1, -1, -1, 1, 1)], lambda signs: 3.3 + 0.025 + 0.01 + 0.01, seed=4)
+    found, notes = effects_of(capsys, "other")
+    assert "from what the fit leaves over, as no seed differs" in notes[1]
+
+
+def test_effects_that_cannot_be_told_apart_are_named(capsys):
+    cube = [*itertools.product((-1, 1), repeat=3)]
+    main_effects = {names: effect for names, effect in EFFECTS.items() if len(names) == 1}
+
+    def loss(signs):
+        return true_loss(signs, main_effects | {("pos", "bias"): 0.03, ("norm", "mlp"): 0.006})
+
+    # the fourth option changes with the product of three: pairs with pairs
+    made_up_design("log/half", [(a, b, c, a * b * c, 1) for a, b, c in cube], loss)
+    found, notes = effects_of(capsys, "log/half")
+    assert "ffn_dim follows mlp: their effects include its own." in notes
+    told = [note for note in notes if "cannot be told apart" in note]
+    assert len(told) == 3 and len(found) == 7
+    (note,) = [note for note in told if "norm=" in note.split()[0 : note.count("norm=")] or "bias=" in note and "pos=" in note
+               and note.index("bias=") < note.index("cannot")]
+    assert found["pos", "bias"][0] in (0.036, 0.024)
+    # the whole factorial
+    made_up_design("log/rest", [(a, b, c, -a * b * c, 1) for a, b, c in cube], loss)
+    found, notes = effects_of(capsys, "log")
+    assert not any("told apart" in note for note in notes)
+    assert found["pos", "bias"][0] == 0.03 and found["norm", "mlp"][0] == 0.006
 
 
 def test_compare_says_in_a_line_what_is_wrong(monkeypatch, capsys):
