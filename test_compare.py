@@ -6,13 +6,15 @@ what cannot be compared, its plot, and its errors.
     pytest -q test_compare.py -k "sign or p_values"        # the statistics of HellaSwag
     pytest -q test_compare.py -k effects                   # those of --effects
 
-The references are scipy's binomial test, the table of McNemar's test, a simulation of equal models, made-up effects that
-must be found again, and formulas in the test itself. The comparison with scipy is skipped where scipy is not installed, the plot without matplotlib.
+The references are scipy's binomial test, the table of McNemar's test, a simulation of equal models, made-up effects
+that must be found again, and formulas in the test itself. The comparison with scipy is skipped where scipy is not
+installed, the plot without matplotlib.
 """
 import itertools
 import json
 import math
 import os
+import re
 import sys
 import types
 
@@ -425,8 +427,8 @@ def test_the_plot_shows_errors_chance_and_short_labels(capsys):
     assert drawn(capsys, "log/c", "log/e1", "log/e2")[1] == ["llama (c)", "llama (e*)"]
 
 
-FACTORS = {"pos": ("learned", "rope"), "bias": (True, False), "norm": ("layernorm", "rmsnorm"), "mlp": ("gelu", "swiglu"),
-           "n_kv_head": (12, 3)}
+FACTORS = {"pos": ("learned", "rope"), "bias": (True, False), "norm": ("layernorm", "rmsnorm"),
+           "mlp": ("gelu", "swiglu"), "n_kv_head": (12, 3)}
 FFN_DIM = {("gelu", 12): 3072, ("gelu", 3): 3648, ("swiglu", 12): 2048, ("swiglu", 3): 2432}  # equal parameters
 HALF_FRACTION = [signs for signs in itertools.product((-1, 1), repeat=5) if math.prod(signs) == 1]
 LADDER = [(1,) * n + (-1,) * (5 - n) for n in range(6)]
@@ -538,15 +540,20 @@ def test_effects_of_a_ladder_are_its_steps(capsys):
     assert notes[1] == f"sigma = {sigma:.4f}, from seeds (degrees of freedom: 1)."
     assert found["pos",][1] == pytest.approx(sigma * math.sqrt(1 + 1 / 2), abs=0.6e-4)
     assert found["mlp",][1] == pytest.approx(sigma * math.sqrt(1 + 1), abs=0.6e-4)
-    # one run outside the ladder instead: what the fit leaves over
-    made_up_design("other", LADDER, lambda signs: true_loss(signs, {("pos",): -0.05, ("bias",): -0.02}))
-    made_up_design("other/last", [(-1, 1, -1, -1, -1)], lambda signs: 3.3 + 0.025 - 0.01 + 0.012)
-    found, notes = effects_of(capsys, "other")
-    assert ("pos", "bias") in found and "No residual" in notes[1]  # two options in all four ways
-    made_up_design("other/last", [(-1, -1, 1, -1, -1)], lambda signs: 3.3 + 0.025 + 0.01, seed=3)
-    made_up_design("other/last", [(-1, -1, -1, 1, 1)], lambda signs: 3.3 + 0.025 + 0.01 + 0.01, seed=4)
-    found, notes = effects_of(capsys, "other")
-    assert "from what the fit leaves over, as no seed differs" in notes[1]
+
+
+def test_effects_without_seeds_have_the_standard_errors_of_what_the_fit_leaves_over(capsys):
+    made_up_design("log/half", HALF_FRACTION)
+    corner = (-1,) * 5
+    made_up_design("log/corner", [corner], lambda signs: true_loss(signs) + 0.02)
+    found, notes = effects_of(capsys)
+    # predicted from the others with their variance: 16 orthogonal terms, each of variance sigma^2 / 16
+    sigma = 0.02 / math.sqrt(1 + 16 / 16)
+    assert notes[1] == (f"sigma = {sigma:.4f}, from what the fit leaves over, as no seed differs "
+                        "(degrees of freedom: 1).")
+    # the run halves a variance in one of 16 directions, in which all terms have an equal part
+    error = 2 * sigma * math.sqrt((1 - 1 / 32) / 16)
+    assert [each for _, each in found.values()] == pytest.approx([error] * 15, abs=0.6e-4)
 
 
 def test_effects_that_cannot_be_told_apart_are_named(capsys):
@@ -561,15 +568,97 @@ def test_effects_that_cannot_be_told_apart_are_named(capsys):
     found, notes = effects_of(capsys, "log/half")
     assert "ffn_dim follows mlp: their effects include its own." in notes
     told = [note for note in notes if "cannot be told apart" in note]
+    assert {frozenset(re.findall(r"(\w+)=", note)) for note in told} == {frozenset(["pos", "bias", "norm", "mlp"])}
     assert len(told) == 3 and len(found) == 7
-    (note,) = [note for note in told if "norm=" in note.split()[0 : note.count("norm=")] or "bias=" in note and "pos=" in note
-               and note.index("bias=") < note.index("cannot")]
-    assert found["pos", "bias"][0] in (0.036, 0.024)
+    assert found["pos", "bias"][0] == 0.036  # the sum of both
     # the whole factorial
     made_up_design("log/rest", [(a, b, c, -a * b * c, 1) for a, b, c in cube], loss)
     found, notes = effects_of(capsys, "log")
     assert not any("told apart" in note for note in notes)
     assert found["pos", "bias"][0] == 0.03 and found["norm", "mlp"][0] == 0.006
+
+    # options with pairs: the fourth option changes with the product of two
+    made_up_design("quarter", [(a, b, c, a * b, 1) for a, b, c in cube], loss)
+    found, notes = effects_of(capsys, "quarter")
+    (note,) = [note for note in notes if note.startswith("mlp=")]
+    assert re.fullmatch(r"mlp=\w+ cannot be told apart from pos=\w+ x bias=\w+: its effect is that of all.", note)
+    assert found["mlp",][0] == pytest.approx(-0.04 + 0.03)
+
+    # options with options: the third changes where one of the others does, which here both never do
+    made_up_design("three", [(-1, -1, -1, 1, 1), (1, -1, 1, 1, 1), (-1, 1, 1, 1, 1)])
+    found, notes = effects_of(capsys, "three")
+    assert set(found) == {("pos",), ("bias",)}
+    (note,) = [note for note in notes if "told apart" in note and note.startswith("norm=")]
+    assert re.fullmatch(r"norm=\w+ cannot be told apart from pos=\w+, bias=\w+: not fitted.", note)
+
+
+def test_effects_of_options_that_follow_others(capsys):
+    made_up_design("log", [(-1, -1, 1, 1, 1), (1, 1, 1, 1, 1)])
+    found, notes = effects_of(capsys)
+    assert set(found) == {("pos",)}
+    assert "bias follows pos: their effects include its own." in notes
+    made_up_design("log/more", [(-1, 1, 1, 1, 1)])
+    found, notes = effects_of(capsys)
+    assert set(found) == {("pos",), ("bias",)}
+    assert "follows" not in str(notes)
+    # a width with a level for each of two options follows both, and no longer where one of them comes with two widths
+    made_up_design("wide", [*itertools.product((1,), (1,), (1,), (-1, 1), (-1, 1))])
+    found, notes = effects_of(capsys, "wide")
+    assert set(found) == {("mlp",), ("n_kv_head",), ("mlp", "n_kv_head")}
+    assert "ffn_dim follows mlp, n_kv_head: their effects include its own." in notes
+    made_up("wide/other", "hybrid", 3.3, pos="rope", bias=False, norm="rmsnorm", mlp="gelu", n_kv_head=12, ffn_dim=2048)
+    capsys.readouterr()
+    show("wide", "--effects")
+    text = capsys.readouterr().out
+    assert "ffn_dim follows" not in text and "ffn_dim=3072" in text
+
+
+def test_effects_of_scripts_and_learning_rates(capsys):
+    arch = {"gpt2": 0.0, "llama": -0.1, "phi": -0.06}
+    rate = {0.001: 0.0, 0.002: 0.03, 0.004: 0.09}
+    own = {"gpt2": {}, "llama": {"rope_theta": 5e5, "ffn_dim": 9}, "phi": {"rope_theta": 1e4, "ffn_dim": 9}}
+    for (a, b), seed in itertools.product(itertools.product(arch, rate), (1, 2)):
+        warmup = 10 if b < 0.004 else 20
+        made_up(f"log/{a}-{b}-{seed}", a, 3.3 + arch[a] + rate[b] + 0.002 * (a == "phi") * (b == 0.002),
+                learning_rate=b, warmup_steps=warmup, seed=seed, batch_size=seed, device=f"{a}", **own[a])
+    show("--effects")
+    text = capsys.readouterr().out
+    rows = dict(re.findall(r"^\| (\w+=.*?) +\| (\S+) +\| 0.0000", text, re.M))
+    # an option by itself: between means; a pair: half of the interaction of the four settings
+    third = 0.002 / 3
+    assert rows == {
+        "arch=phi": f"{0.04 + third:+.4f}", "arch=gpt2": "+0.1000",
+        "learning_rate=0.002": f"{0.03 + third:+.4f}", "learning_rate=0.004": "+0.0900",
+        "arch=phi x learning_rate=0.002": "+0.0010", "arch=phi x learning_rate=0.004": "+0.0000",
+        "arch=gpt2 x learning_rate=0.002": "+0.0000", "arch=gpt2 x learning_rate=0.004": "+0.0000"}
+    assert "Baseline, the best: arch=llama, learning_rate=0.001." in text
+    assert "rope_theta follows arch: " in text and "warmup_steps follows learning_rate: " in text
+    assert not re.search("ffn_dim|seed=|batch_size|device|log_dir", text)
+    # the table still calls these runs not comparable
+    assert any("learning_rate=" in row["remarks"] for row in compared(capsys))
+
+
+def test_effects_say_in_a_line_what_is_wrong(capsys):
+    def attempt(*paths):
+        return lambda: show(*paths, "--effects")
+
+    made_up_design("log", LADDER[:3])
+    bad(capsys, attempt("log/0-1"), "--effects needs runs that differ in an option")
+    made_up_design("log", LADDER[:1], seed=2)
+    bad(capsys, attempt("log/0-1", "log/0-2"), "--effects needs runs that differ in an option")
+    made_up_design("same", LADDER[:1])
+    bad(capsys, attempt("log", "same"), "hybrid (0-1): a seed comes twice")
+    made_up_design("short", LADDER[3:4], steps=500)
+    bad(capsys, attempt("log", "short"), "hybrid (0-1) is not comparable: in progress, step 500 of 1000")
+    made_up_design("long", LADDER[3:4], steps=2000, max_steps=2000)
+    bad(capsys, attempt("log", "long"), "not comparable: max_steps=2000 instead of 1000")
+    made_up_design("other", LADDER[3:4], data_dir="books")
+    bad(capsys, attempt("log", "other"), "not comparable: data_dir=books instead of data")
+    made_up_design("nan", LADDER[3:4], lambda signs: math.nan)
+    bad(capsys, attempt("log", "nan"), "not comparable: it diverged")
+    assert not capsys.readouterr().out
+    attempt("log")()
+    assert "Validation loss: 4 runs, 3 settings." in capsys.readouterr().out
 
 
 def test_compare_says_in_a_line_what_is_wrong(monkeypatch, capsys):
