@@ -571,6 +571,12 @@ def test_effects_that_cannot_be_told_apart_are_named(capsys):
     assert {frozenset(re.findall(r"(\w+)=", note)) for note in told} == {frozenset(["pos", "bias", "norm", "mlp"])}
     assert len(told) == 3 and len(found) == 7
     assert found["pos", "bias"][0] == 0.036  # the sum of both
+    # without its last run no pair can be told apart from the others
+    made_up_design("seven", [(a, b, c, a * b * c, 1) for a, b, c in cube[:7]], loss)
+    found, notes = effects_of(capsys, "seven")
+    assert set(found) == {("pos",), ("bias",), ("norm",), ("mlp",)}
+    assert "Not told apart from sums of other terms, and taken as zero: all pairs." in notes
+    assert not any("is that of all" in note for note in notes)
     # the whole factorial
     made_up_design("log/rest", [(a, b, c, -a * b * c, 1) for a, b, c in cube], loss)
     found, notes = effects_of(capsys, "log")
@@ -583,6 +589,17 @@ def test_effects_that_cannot_be_told_apart_are_named(capsys):
     (note,) = [note for note in notes if note.startswith("mlp=")]
     assert re.fullmatch(r"mlp=\w+ cannot be told apart from pos=\w+ x bias=\w+: its effect is that of all.", note)
     assert found["mlp",][0] == pytest.approx(-0.04 + 0.03)
+
+    # other learning rates at two corners of a half fraction: pairs of all options but this one
+    made_up_design("rates", HALF_FRACTION, learning_rate=0.001)
+    corners = HALF_FRACTION[0], HALF_FRACTION[-1]
+    made_up_design("rates/high", corners, lambda signs: true_loss(signs) + 0.03, learning_rate=0.002)
+    show("rates", "--effects")
+    text = capsys.readouterr().out
+    rows = re.findall(r"^\| (\w+=.*?) +\| (\S+)", text, re.M)
+    assert len(rows) == 16 and sum(" x " in term for term, _ in rows) == 10
+    assert re.search("taken as zero: " + ", ".join([r"\w+=\w+ x learning_rate=0.002"] * 5) + r"\.", text)
+    assert dict(rows)["learning_rate=0.002"] == "+0.0300"
 
     # options with options: the third changes where one of the others does, which here both never do
     made_up_design("three", [(-1, -1, -1, 1, 1), (1, -1, 1, 1, 1), (-1, 1, 1, 1, 1)])
@@ -602,15 +619,23 @@ def test_effects_of_options_that_follow_others(capsys):
     assert set(found) == {("pos",), ("bias",)}
     assert "follows" not in str(notes)
     # a width with a level for each of two options follows both, and no longer where one of them comes with two widths
-    made_up_design("wide", [*itertools.product((1,), (1,), (1,), (-1, 1), (-1, 1))])
+    for (mlp, n_kv_head), ffn_dim in FFN_DIM.items():
+        made_up(f"wide/{ffn_dim}", "hybrid", 3.2 + n_kv_head / 100, ffn_dim=ffn_dim, mlp=mlp, n_kv_head=n_kv_head)
     found, notes = effects_of(capsys, "wide")
     assert set(found) == {("mlp",), ("n_kv_head",), ("mlp", "n_kv_head")}
     assert "ffn_dim follows mlp, n_kv_head: their effects include its own." in notes
-    made_up("wide/other", "hybrid", 3.3, pos="rope", bias=False, norm="rmsnorm", mlp="gelu", n_kv_head=12, ffn_dim=2048)
+    made_up("wide/other", "hybrid", 3.3, ffn_dim=2048, mlp="gelu", n_kv_head=12)
     capsys.readouterr()
     show("wide", "--effects")
     text = capsys.readouterr().out
     assert "ffn_dim follows" not in text and "ffn_dim=3072" in text
+    # the architecture follows nothing
+    for arch, n_head in ("gpt2", 4), ("llama", 2), ("llama", 8):
+        made_up(f"arch/{n_head}", arch, 3.0 + n_head / 100, n_head=n_head)
+    show("arch", "--effects")
+    text = capsys.readouterr().out
+    assert "| arch=gpt2 " in text and "follows" not in text
+    assert "n_head=4 cannot be told apart from arch=gpt2" in text
 
 
 def test_effects_of_scripts_and_learning_rates(capsys):
@@ -633,7 +658,7 @@ def test_effects_of_scripts_and_learning_rates(capsys):
         "arch=gpt2 x learning_rate=0.002": "+0.0000", "arch=gpt2 x learning_rate=0.004": "+0.0000"}
     assert "Baseline, the best: arch=llama, learning_rate=0.001." in text
     assert "rope_theta follows arch: " in text and "warmup_steps follows learning_rate: " in text
-    assert not re.search("ffn_dim|seed=|batch_size|device|log_dir", text)
+    assert not re.search("ffn_dim|seed=|batch_size|device|log_dir|told apart", text)
     # the table still calls these runs not comparable
     assert any("learning_rate=" in row["remarks"] for row in compared(capsys))
 
