@@ -576,7 +576,7 @@ def test_effects_that_cannot_be_told_apart_are_named(capsys):
     found, notes = effects_of(capsys, "seven")
     assert set(found) == {("pos",), ("bias",), ("norm",), ("mlp",)}
     assert "Not told apart from sums of other terms, and taken as zero: all pairs." in notes
-    assert not any("is that of all" in note for note in notes)
+    assert not any("includes theirs" in note for note in notes)
     # the whole factorial
     made_up_design("log/rest", [(a, b, c, -a * b * c, 1) for a, b, c in cube], loss)
     found, notes = effects_of(capsys, "log")
@@ -587,7 +587,7 @@ def test_effects_that_cannot_be_told_apart_are_named(capsys):
     made_up_design("quarter", [(a, b, c, a * b, 1) for a, b, c in cube], loss)
     found, notes = effects_of(capsys, "quarter")
     (note,) = [note for note in notes if note.startswith("mlp=")]
-    assert re.fullmatch(r"mlp=\w+ cannot be told apart from pos=\w+ x bias=\w+: its effect is that of all.", note)
+    assert re.fullmatch(r"mlp=\w+ cannot be told apart from pos=\w+ x bias=\w+: its effect includes theirs.", note)
     assert found["mlp",][0] == pytest.approx(-0.04 + 0.03)
 
     # other learning rates at two corners of a half fraction: pairs of all options but this one
@@ -629,6 +629,11 @@ def test_effects_of_options_that_follow_others(capsys):
     show("wide", "--effects")
     text = capsys.readouterr().out
     assert "ffn_dim follows" not in text and "ffn_dim=3072" in text
+    for depth, ((mlp, n_kv_head), ffn_dim) in itertools.product((2, 3), FFN_DIM.items()):
+        made_up(f"deep/{depth}-{ffn_dim}", "hybrid", 3.2 + depth / 10, mlp=mlp, n_kv_head=n_kv_head, n_layer=depth,
+                ffn_dim=ffn_dim // depth)
+    show("deep", "--effects")
+    assert "ffn_dim follows n_layer, mlp, n_kv_head: " in capsys.readouterr().out
     # the architecture follows nothing
     for arch, n_head in ("gpt2", 4), ("llama", 2), ("llama", 8):
         made_up(f"arch/{n_head}", arch, 3.0 + n_head / 100, n_head=n_head)
