@@ -65,9 +65,11 @@ def source_of(name):
 
 
 def small_config(arch, **options):
-    """Return the Config of a small model; options replace values of SMALL, and those the script lacks are left out."""
-    names = {field.name for field in fields(SCRIPTS[arch].Config)}
-    chosen = {name: value for name, value in {**SMALL, **options}.items() if name in names}
+    """Return the Config of a small model; options replace values of SMALL, and those the script lacks, or
+    knows as another type, are left out."""
+    kinds = {field.name: field.type for field in fields(SCRIPTS[arch].Config)}
+    wanted = {**SMALL, **options}
+    chosen = {name: value for name, value in wanted.items() if isinstance(value, kinds.get(name, ()))}
     return SCRIPTS[arch].Config(**chosen)
 
 

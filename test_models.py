@@ -73,6 +73,7 @@ def test_the_training_loop_is_the_same_in_every_script():
 OWN_OPTIONS = {
     "gpt2": ["init_from"],
     "deepseek": ["bias_update_speed", "balance_loss_alpha", "mtp_loss_weight"],
+    "hybrid": ["head_lr"],
     "mta": ["batch_size"],
     "rwkv": ["batch_size", "beta2", "chunk_size", "recompute", "head_lr"],
 }
@@ -108,6 +109,8 @@ MODEL_OPTIONS = {
                  "n_activated_experts", "n_shared_experts", "n_group", "topk_group", "route_scale", "mtp"},
     "mta": {"n_head", "n_kv_head", "ffn_dim", "rope_theta", "norm_eps", "kq_period", "query_kernel", "key_kernel"},
     "rwkv": {"head_dim", "ffn_dim"},
+    "hybrid": {"n_head", "pos", "norm", "mlp", "bias", "n_kv_head", "ffn_dim", "rope_theta", "norm_eps", "qk_norm",
+               "window_pattern", "window", "share", "share_order", "rank", "embd_rank", "tie", "zero_init"},
 }
 
 
@@ -137,42 +140,43 @@ class Difference(NamedTuple):
     reason: str
 
 
-ALL_APART = "deepseek | gemma | gpt2 | llama | mistral | mta | phi | rwkv"
+ALL_APART = "deepseek | gemma | gpt2 | hybrid | llama | mistral | mta | phi | rwkv"
+# hybrid stands alone wherever its options decide
 EXCEPTIONS = [
-    Difference("Attention.__init__", "deepseek | gemma | llama | mistral | mta | phi",
+    Difference("Attention.__init__", "deepseek | gemma | hybrid | llama | mistral | mta | phi",
                "latents in DeepSeek, norms in Gemma, windows in Mistral, kernels in MTA, fused matrices in Phi"),
-    Difference("Attention.forward", "deepseek | gemma | llama | mistral | mta | phi", "as Attention.__init__"),
-    Difference("Block.__init__", "deepseek | gemma | gpt2 | llama mistral phi | mta | rwkv",
+    Difference("Attention.forward", "deepseek | gemma | hybrid | llama | mistral | mta | phi", "as Attention.__init__"),
+    Difference("Block.__init__", "deepseek | gemma | gpt2 | hybrid | llama mistral phi | mta | rwkv",
                "experts in DeepSeek, four norms in Gemma, LayerNorm in GPT-2, kernels in some blocks of MTA, time and "
                "channel mix in RWKV"),
-    Difference("Block.forward", "deepseek | gemma | gpt2 | llama mta phi | mistral | rwkv",
+    Difference("Block.forward", "deepseek | gemma | gpt2 | hybrid | llama mta phi | mistral | rwkv",
                "as Block.__init__, but for MTA; Mistral hands a mask to its windows"),
     Difference("Config", ALL_APART, "each architecture has options of its shape"),
     Difference("Config.__post_init__", ALL_APART, "each architecture has limits of its shape"),
-    Difference("MLP.__init__", "deepseek | gemma llama mistral mta | gpt2 | phi",
+    Difference("MLP.__init__", "deepseek | gemma llama mistral mta | gpt2 | hybrid | phi",
                "DeepSeek chooses the width, GPT-2 has no gate, Phi has gate and up in one matrix"),
-    Difference("MLP.forward", "deepseek llama mistral mta | gemma | gpt2 | phi",
+    Difference("MLP.forward", "deepseek llama mistral mta | gemma | gpt2 | hybrid | phi",
                "GELU in Gemma and GPT-2, no gate in GPT-2, one matrix in Phi"),
     Difference("Model.__init__", ALL_APART, "each architecture has its own modules and initialisation"),
-    Difference("Model.compile", "deepseek | gemma mistral | gpt2 | llama mta phi | rwkv",
+    Difference("Model.compile", "deepseek | gemma mistral | gpt2 | hybrid | llama mta phi | rwkv",
                "one more block in DeepSeek, a mask for windows; LayerNorm is a kernel of its own in GPT-2 and RWKV"),
-    Difference("Model.configure_optimizers", "deepseek | gemma llama mistral | gpt2 | mta | phi | rwkv",
+    Difference("Model.configure_optimizers", "deepseek | gemma llama mistral | gpt2 | hybrid | mta | phi | rwkv",
                "experts in DeepSeek, fused matrices in GPT-2 and Phi, kernels in MTA, more groups in RWKV"),
-    Difference("Model.flops_per_token", "deepseek | gemma | gpt2 | llama phi | mistral | mta | rwkv",
+    Difference("Model.flops_per_token", "deepseek | gemma | gpt2 | hybrid | llama phi | mistral | mta | rwkv",
                "idle experts, windows, learned positions, kernels and RWKV's state are counted differently"),
-    Difference("Model.forward", "deepseek | gemma gpt2 llama mistral mta phi | rwkv",
+    Difference("Model.forward", "deepseek | gemma gpt2 hybrid llama mistral mta phi | rwkv",
                "extra losses in DeepSeek, L2Wrap in RWKV"),
-    Difference("Model.hidden", "deepseek | gemma | gpt2 | llama mta phi | mistral | rwkv",
+    Difference("Model.hidden", "deepseek | gemma | gpt2 | hybrid | llama mta phi | mistral | rwkv",
                "each hands its blocks something else: rope, masks, positions, a state"),
-    Difference("Model.loss", "deepseek gemma gpt2 llama mistral mta phi | rwkv", "L2Wrap in RWKV"),
-    Difference("Model.num_params", "deepseek | gemma llama mistral mta phi | gpt2 | rwkv",
+    Difference("Model.loss", "deepseek gemma gpt2 hybrid llama mistral mta phi | rwkv", "L2Wrap in RWKV"),
+    Difference("Model.num_params", "deepseek | gemma llama mistral mta phi | gpt2 | hybrid | rwkv",
                "idle experts in DeepSeek, positions in GPT-2, an untied head in RWKV"),
     Difference("RMSNorm.__init__", "deepseek | gemma | llama mistral mta phi",
                "a default of eps in DeepSeek; the weight starts at 0 in Gemma"),
     Difference("RMSNorm.forward", "deepseek llama mistral mta phi | gemma", "Gemma multiplies by 1 + w"),
-    Difference("main", "deepseek gemma llama mistral mta phi rwkv | gpt2",
+    Difference("main", "deepseek gemma hybrid llama mistral mta phi rwkv | gpt2",
                "--init_from sets GPT-2's shape in a line before the loop"),
-    Difference("rotate", "deepseek | gemma llama mistral mta | phi",
+    Difference("rotate", "deepseek | gemma hybrid llama mistral mta | phi",
                "DeepSeek turns pairs of neighbours, Phi a part of the head"),
     Difference("to_hf", ALL_APART, "each has its own class in transformers, RWKV its own format of checkpoints"),
 ]
@@ -274,6 +278,7 @@ PARAMS = {
     "deepseek": 122_999_040,
     "mta": 123_597_084,
     "rwkv": 122_606_080,
+    "hybrid": 123_587_328,
 }
 
 
@@ -290,6 +295,7 @@ FLOPS = {
     "llama": transformer_flops(PARAMS["llama"], 12 * 1024),
     "mistral": transformer_flops(PARAMS["mistral"], 12 * 256),
     "phi": transformer_flops(PARAMS["phi"], 12 * 1024),
+    "hybrid": transformer_flops(PARAMS["hybrid"], 12 * 1024),
     "gemma": transformer_flops(PARAMS["gemma"], 10 * 256 + 2 * 1024),
     "deepseek": transformer_flops(DEEPSEEK_USED, 13 * 1024),
     # each weight of a kernel or mixing matrix meets every score
@@ -328,7 +334,8 @@ def test_published_small_shapes(monkeypatch):
     pattern = r"^\|.*\| `python train_(\w+).py (--n_layer.*?)` \| ([\d,]+) \|"
     rows = re.findall(pattern, source_of("README.md"), re.M)
     counts = [int(count.replace(",", "")) for _, _, count in rows]
-    assert counts == [121_205_248, 124_558_272, 35_763_840, 31_740_416]
+    assert counts == [
+        121_205_248, 124_558_272, 35_763_840, 31_740_416, 4_895_424, 2_682_816, 866_240]
     for (arch, options, _), count in zip(rows, counts):
         assert meta_model(arch, options.split(), monkeypatch).num_params()["total"] == count
 
