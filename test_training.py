@@ -43,7 +43,7 @@ import fineweb
 import hellaswag
 import run
 from conftest import (HF, QUICK, ROOT, SCRIPTS, Answer, Reduced, bad, checkpoint_of, each_arch, each_in_transformers,
-                      log_of, quick, serve, shards, shell, small_model, stream_of, tokens, train, trained_model,
+                      each_trained, log_of, quick, serve, shards, shell, small_model, stream_of, tokens, train, trained_model,
                       write_jsonl)
 
 
@@ -203,7 +203,7 @@ def one_at_a_time(model, items, encode):
     return np.array(right).T
 
 
-@each_arch
+@each_trained
 def test_hellaswag_equals_one_item_at_a_time(arch, gpt2_bpe, hellaswag_items):
     """Every item of the whole set is scored (some of them for the later architectures), and 100 with other batches and
     paddings."""
@@ -360,7 +360,7 @@ def checkpoints(folder="log/gpt2-tiny"):
     return sorted(glob.glob(f"{folder}/model_*.pt"))
 
 
-@each_arch
+@each_trained
 def test_a_tiny_run_from_the_shell(arch):
     """A short version of the first command in the README does everything that the README promises."""
     folder = f"log/{arch}-tiny"
@@ -701,7 +701,7 @@ def test_the_default_precision_is_that_of_the_gpus(capabilities, dtype, monkeypa
     assert common.default_dtype("cpu") == "float32"
 
 
-@each_arch
+@each_trained
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_lower_precision_trains_alike(arch, dtype, monkeypatch):
     options = [*quick(arch), "--max_steps=16", "--warmup_steps=4"]
@@ -809,7 +809,7 @@ def test_the_peak_is_that_of_the_device(name, peak):
     assert common.peak_flops(name) == peak
 
 
-@each_arch
+@each_trained
 def test_processes_and_micro_batches_do_not_change_the_result(arch, monkeypatch):
     """1 process x 16 rows, 1 x 2 with accumulation and 2 x 2 with accumulation end the same; so does a run that resumes
     with another number of processes."""
@@ -1411,7 +1411,7 @@ def test_an_environment_without_torchrun(environment, monkeypatch, capsys):
     assert not os.path.exists("log")
 
 
-@each_arch
+@each_trained
 def test_too_little_memory_is_said_first(arch, monkeypatch, capsys):
     """The largest batch that fits and divides is named; what fits is not refused."""
     def attempt(*options):
