@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import muon
-from conftest import (ARCHS, ROOT, SCRIPTS, bad, checkpoint_of, each_arch, log_of, quick, shell, small_config,
-                      small_model, stream_of, tokens, train)
+from conftest import (ROOT, bad, checkpoint_of, each_arch, log_of, quick, shell, small_config, small_model, stream_of,
+                      train)
 from muon import Muon
 from test_models import randn
 

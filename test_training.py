@@ -43,8 +43,8 @@ import fineweb
 import hellaswag
 import run
 from conftest import (HF, QUICK, ROOT, SCRIPTS, Answer, Reduced, bad, checkpoint_of, each_arch, each_in_transformers,
-                      each_trained, log_of, quick, serve, shards, shell, small_model, stream_of, tokens, train, trained_model,
-                      write_jsonl)
+                      each_trained, log_of, quick, serve, shards, shell, small_model, stream_of, tokens, train,
+                      trained_model, write_jsonl)
 
 
 def cpu_world(rank=0, size=1):
