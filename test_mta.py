@@ -442,6 +442,17 @@ def test_it_starts_as_llama():
     assert extra == 4 * (2 * 4 * 4 + 2 * 16 + 1) + 2 * 4 * 6 * 11
 
 
+def test_the_authors_initialisation():
+    """With --init_std=0 a weight starts with the standard deviation 1 / sqrt(inputs)."""
+    torch.manual_seed(0)
+    layers = train_mta.Model(small_config("mta", init_std=0.0, n_embd=256, ffn_dim=512)).model.layers
+    for block in layers:
+        for p, inputs in ((block.self_attn.q_proj.weight, 256), (block.self_attn.o_proj.weight, 256),
+                          (block.mlp.up_proj.weight, 256), (block.mlp.down_proj.weight, 512),
+                          (torch.cat([block.self_attn.gate_weight for block in layers]), 256)):
+            assert p.std().item() == pytest.approx(inputs**-0.5, rel=0.2 if p.dim() < 2 else 0.05)
+
+
 def test_the_paper_shape_has_the_same_size():
     """12 key-value heads and an MLP of 8/3 of the width, as in the paper, have as many parameters."""
     with torch.device("meta"):

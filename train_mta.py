@@ -58,6 +58,7 @@ class Config(RunConfig):
     ffn_dim: int = 2432  # hidden width of the MLP
     rope_theta: float = 100000.0  # base of the rotary wavelengths
     norm_eps: float = 1e-5  # epsilon of RMSNorm
+    init_std: float = 0.02  # standard deviation of initial weights; 0: 1 / sqrt(inputs), as theirs
     kq_period: int = 4  # one of so many layers has key-query convolutions: 2, 6, 10 of 0 to 11
     query_kernel: int = 6  # queries under their kernel: the last ones
     key_kernel: int = 11  # keys under their kernel, an odd number: as many on both sides
@@ -322,7 +323,9 @@ class Model(nn.Module):
         for name, p in self.named_parameters():
             if name.endswith(("proj.weight", "embed_tokens.weight", "gate_weight")):  # as in GPT-2
                 residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * cfg.n_layer) if residual else 0.02)
+                std = cfg.init_std / math.sqrt(2 * cfg.n_layer) if residual else cfg.init_std
+                inputs = cfg.ffn_dim if name.endswith("down_proj.weight") else cfg.n_embd
+                nn.init.normal_(p, std=std or inputs ** -0.5)
 
     def hidden(self, idx):
         """Return what lm_head turns into logits: idx int64 (B, T) -> (B, T, C)."""
