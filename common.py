@@ -6,7 +6,8 @@ learning rate, and tokens from text. Nothing here knows what a layer is. A scrip
     hidden(idx), lm_head(x)      forward in two parts: hidden gives (B, T, C), lm_head the logits
     num_params()                 {"total": int, "active": int, "non_embedding": int, ...}
     flops_per_token()            FLOPs of forward and backward pass
-    configure_optimizers(cfg, device_type)  an optimizer with every parameter in exactly one group
+    configure_optimizers(cfg, device_type)  an optimizer with every parameter in exactly one group,
+                                 whose lr_scale is its multiple of the learning rate
 and, where needed, extra_logs() -> {name: scalar tensor}, to be logged with every update, and
 new_state(B) -> a state from which hidden(idx, state) continues, and which it updates.
 """

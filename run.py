@@ -194,7 +194,7 @@ def resume(cfg, arch, world, model, optimizer, scaler):
             model.load_state_dict(checkpoint["model"])
         groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
         misfits = AttributeError, LookupError, TypeError, ValueError
-        with explain(f"{path} holds no state of this optimizer", *misfits):
+        with explain(f"{path} holds no state of this version's optimizer", *misfits):
             optimizer.load_state_dict(checkpoint["optimizer"])
         for group, options in zip(optimizer.param_groups, groups):
             group.update(options)  # weight decay, betas and so on are those of the command line

@@ -6,9 +6,11 @@ in which an orthogonalised matrix is computed from its singular values, and PyTo
 """
 import math
 import os
+import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -97,6 +99,9 @@ def test_matrices_that_are_stored_as_one_are_treated_apart():
         for part in slice(0, 8), slice(8, 16):
             alone = updated(experts[expert, part], [gradient[expert, part]])
             torch.testing.assert_close(ours[expert, part], alone, atol=1e-6, rtol=0)
+    together = updated(experts.flatten(0, 1), [gradient.flatten(0, 1)]).view(experts.shape)
+    for wrong in updated(experts, [gradient]), together:
+        assert (ours - wrong).abs().max() > 1e-3  # gate and up as one matrix; all experts as one
 
 
 def test_an_update_is_as_large_as_adamws():
@@ -105,6 +110,8 @@ def test_an_update_is_as_large_as_adamws():
         p = torch.zeros(shape)
         update = updated(p, [randn(*shape, seed=seed) for seed in range(10)][-1:], lr=1.0)
         assert 0.15 < update.square().mean().sqrt() < 0.25
+        bare = muon.orthogonalize(randn(*shape))
+        assert bare.square().mean().sqrt() < 0.15  # negative control: what is only orthogonal is smaller
 
 
 STORED_AS_ONE = {  # heights of the matrices in a parameter of the small models
@@ -190,7 +197,8 @@ for _ in range(4):
         p.grad = torch.randn(p.shape, generator=generator)
     optimizer.step()
 held = [p.numel() for p in params if p in optimizer.state]
-print(rank, sum(held), sum(p.numel() for p in params))
+text = f"{rank} {sum(held)} {sum(p.numel() for p in params)}\n"
+sys.stdout.write(text)  # in one piece, since two processes write
 state = optimizer.state_dict()
 if rank == 0:
     params = [p.data for p in params]
@@ -233,21 +241,75 @@ def test_the_work_is_shared_and_the_result_the_same():
 
 @pytest.mark.parametrize("arch", ["gpt2", "deepseek"])
 def test_a_run_resumes_with_its_momentum(arch, monkeypatch):
-    """With two processes a resumed log has the bytes of a whole one; the number of processes may change."""
-    options = [*quick(arch), "--optimizer=muon"]
-    for folder, steps in ("whole", 8), ("stopped", 4):
-        result = shell(f"train_{arch}.py", *options, f"--log_dir=log/{folder}", processes=2)
-        assert result.returncode == 0, result.stderr
-    for step in 6, 8:
-        os.remove(f"log/stopped/model_{step:05d}.pt")
-    os.makedirs("log/one")
-    os.link("log/stopped/model_00004.pt", "log/one/model_00004.pt")
-    result = shell(f"train_{arch}.py", *options, "--log_dir=log/stopped", "--resume=auto", processes=2)
+    """With two processes a resumed log has the bytes of a whole one. After a change from two processes to one, or from
+    one to two, it is the same but for rounding, as with other optimizers."""
+    # steps as large as this make the momentum matter
+    options = [*quick(arch), "--optimizer=muon", "--learning_rate=3e-2", "--warmup_steps=0"]
+
+    def run_in(folder, processes, *more):
+        if processes == 1:
+            train(arch, monkeypatch, *options, f"--log_dir={folder}", *more)
+        else:
+            result = shell(f"train_{arch}.py", *options, f"--log_dir={folder}", *more, processes=processes)
+            assert result.returncode == 0, result.stderr
+
+    def resumed(whole, folder, processes, change=lambda state: None):
+        """Continue a whole run from its step 4 in another folder, after a change of Muon's state; return the log."""
+        os.makedirs(folder)
+        shutil.copy(f"{whole}/log.txt", folder)
+        checkpoint = checkpoint_of(whole, step=4)
+        change(checkpoint["optimizer"][1])
+        torch.save(checkpoint, f"{folder}/model_00004.pt")
+        run_in(folder, processes, "--resume=auto")
+        return log_of(folder)
+
+    def forget_momentum(state):
+        for buffers in state["state"].values():
+            buffers["momentum_buffer"].zero_()
+
+    run_in("log/one", 1)
+    run_in("log/two", 2)
+    assert resumed("log/one", "log/one-one", 1) == log_of("log/one")
+    assert resumed("log/two", "log/two-two", 2) == log_of("log/two")
+    resumed("log/two", "log/two-one", 1)
+    resumed("log/one", "log/one-two", 2)
+    for stream, tolerance in ("train", 1e-5), ("val", 1e-4), ("norm", 1e-4):
+        for start, end in ("log/two", "log/two-one"), ("log/one", "log/one-two"):
+            np.testing.assert_allclose(stream_of(stream, end), stream_of(stream, start), rtol=tolerance)
+    # negative controls: without its momentum, or the count of its updates, the run is another
+    for name, change in ("momentum", forget_momentum), ("count", lambda state: state.update(updates=300)):
+        resumed("log/one", f"log/no-{name}", 1, change)
+        ours, expected = (stream_of("train", folder) for folder in (f"log/no-{name}", "log/one"))
+        assert abs(ours / expected - 1).max() > 1e-4
+
+
+OVERFLOW = f"""
+import os, sys, torch
+sys.path.insert(0, {ROOT!r})
+import train_gpt2
+scale, calls = torch.amp.GradScaler.scale, []
+def overflow(self, loss):
+    calls.append(loss)
+    return scale(self, loss) * (torch.inf if len(calls) <= 6 else 1)  # three steps of two micro-batches
+if os.environ["RANK"] == "1":
+    torch.amp.GradScaler.scale = overflow
+train_gpt2.main()
+"""
+
+
+def test_processes_skip_an_update_together():
+    """The gradients overflow in one of two processes: neither makes the update, nor counts it."""
+    with open("overflow.py", "w") as f:
+        f.write(OVERFLOW)
+    options = [*quick("gpt2"), "--optimizer=muon", "--dtype=float16"]
+    result = shell(os.path.abspath("overflow.py"), *options, processes=2)
     assert result.returncode == 0, result.stderr
-    assert log_of("log/stopped") == log_of("log/whole")
-    train(arch, monkeypatch, *options, "--log_dir=log/one", "--resume=auto")
-    whole, one = stream_of("train", "log/whole")[4:], stream_of("train", "log/one")
-    assert one == pytest.approx(whole, rel=1e-5)
+    lines = log_of().decode().splitlines()
+    assert [line for line in lines if " skipped " in line] == [f"{step} skipped 1" for step in range(3)]
+    early, late = checkpoint_of(step=2), checkpoint_of(step=8)
+    assert (early["optimizer"][1]["updates"], late["optimizer"][1]["updates"]) == (0, 5)
+    assert not any(buffers["momentum_buffer"].any() for buffers in early["optimizer"][1]["state"].values())
+    assert all(buffers["momentum_buffer"].any() for buffers in late["optimizer"][1]["state"].values())
 
 
 def test_the_state_of_another_optimizer_is_refused(monkeypatch, capsys):
@@ -258,7 +320,7 @@ def test_the_state_of_another_optimizer_is_refused(monkeypatch, capsys):
     checkpoint = checkpoint_of()
     del checkpoint["optimizer"][1]["updates"]
     torch.save(checkpoint, path)
-    bad(capsys, lambda: train("gpt2", monkeypatch, *options, "--resume=auto"), path, "no state of this optimizer")
+    bad(capsys, lambda: train("gpt2", monkeypatch, *options, "--resume=auto"), path, "no state of this version's optimizer")
 
 
 def test_orthogonalize_takes_zeros_and_stacks():
