@@ -320,7 +320,7 @@ def test_the_state_of_another_optimizer_is_refused(monkeypatch, capsys):
     checkpoint = checkpoint_of()
     del checkpoint["optimizer"][1]["updates"]
     torch.save(checkpoint, path)
-    bad(capsys, lambda: train("gpt2", monkeypatch, *options, "--resume=auto"), path, "no state of this version's optimizer")
+    bad(capsys, lambda: train("gpt2", monkeypatch, *options, "--resume=auto"), path, "no state of this version's")
 
 
 def test_orthogonalize_takes_zeros_and_stacks():
