@@ -32,8 +32,8 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from common import (RunConfig, ShardLoader, accumulation_steps,
-                    configure_compiler, cosine_lr, init_world, parse_args)
+from common import (RunConfig, ShardLoader, accumulation_steps, configure_compiler, cosine_lr,
+                    init_world, parse_args)
 from fineweb import end_of_text, get_tokenizer, one_line_errors
 from hellaswag import load_hellaswag
 from muon import Muon, Optimizers

@@ -36,8 +36,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from common import (RunConfig, ShardLoader, accumulation_steps,
-                    configure_compiler, cosine_lr, init_world, parse_args)
+from common import (RunConfig, ShardLoader, accumulation_steps, configure_compiler, cosine_lr,
+                    init_world, parse_args)
 from fineweb import get_tokenizer, one_line_errors
 from hellaswag import load_hellaswag
 from muon import Muon, Optimizers
@@ -53,7 +53,7 @@ class Config(RunConfig):
     vocab_size: int = 50304  # GPT-2's 50,257 and padding, or 256: a token is a byte
     n_layer: int = 12  # number of blocks
     n_head: int = 12  # number of query heads
-    n_kv_head: int = 3  # number of key-value heads; 4 query heads share one, as in the 8B model
+    n_kv_head: int = 3  # number of key-value heads; 4 query heads share one
     n_embd: int = 768  # width of the residual stream
     ffn_dim: int = 2432  # hidden width of the MLP
     rope_theta: float = 100000.0  # base of the rotary wavelengths
