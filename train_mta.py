@@ -213,8 +213,8 @@ def key_query_attention(q, k, v, mixing_before, mixing_after, kernel_before, ker
 
     def convolve_diagonals(x, kernel, n):
         """Return the first n diagonals of a convolved matrix, (B, M, n, T), from those of x."""
-        query = torch.tensor(past, device=x.device)[:, None, None, None]
-        key = torch.tensor(around, device=x.device)[:, None, None]
+        query = torch.arange(-before, 1, device=x.device)[:, None, None, None]
+        key = torch.arange(-beside, beside + 1, device=x.device)[:, None, None]
         from_distance = torch.arange(x.size(2), device=x.device)
         to_distance = torch.arange(n, device=x.device)[:, None]
         reached = (key == query + to_distance - from_distance).to(kernel)
