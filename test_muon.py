@@ -229,13 +229,17 @@ def test_the_work_is_shared_and_the_result_the_same():
         for x, y in zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values(), strict=True):
             assert torch.equal(x["momentum_buffer"], y["momentum_buffer"])
 
+    def assert_shared(said):
+        held = [numbers for _, numbers, _ in said]
+        assert sum(held) == said[0][2] and max(held) < 0.7 * said[0][2]
+
     assert_same(one, two)
-    held = [numbers for _, numbers, _ in said]
-    assert sum(held) == said[0][2] and max(held) < 0.7 * said[0][2]
+    assert_shared(said)
     os.rename("two.pt", "state.pt")
     one, _ = run_shared("one.pt", 1)
-    two, _ = run_shared("two.pt", 2)
+    two, said = run_shared("two.pt", 2)
     assert_same(one, two)
+    assert_shared(said)
     assert one["optimizer"]["updates"] == 8
 
 
@@ -320,7 +324,8 @@ def test_the_state_of_another_optimizer_is_refused(monkeypatch, capsys):
     checkpoint = checkpoint_of()
     del checkpoint["optimizer"][1]["updates"]
     torch.save(checkpoint, path)
-    bad(capsys, lambda: train("gpt2", monkeypatch, *options, "--resume=auto"), path, "no state of this version's")
+    words = path, "no state of this version's optimizer"
+    bad(capsys, lambda: train("gpt2", monkeypatch, *options, "--resume=auto"), *words)
 
 
 def test_orthogonalize_takes_zeros_and_stacks():
