@@ -42,9 +42,9 @@ import common
 import fineweb
 import hellaswag
 import run
-from conftest import (HF, QUICK, ROOT, SCRIPTS, Answer, Reduced, bad, checkpoint_of, each_arch, each_in_transformers,
-                      each_trained, log_of, quick, serve, shards, shell, small_model, stream_of, tokens, train,
-                      trained_model, write_jsonl)
+from conftest import (ARCHS, HF, QUICK, ROOT, SCRIPTS, Answer, Reduced, bad, checkpoint_of, each_arch,
+                      each_in_transformers, each_trained, log_of, quick, serve, shards, shell, small_model, stream_of,
+                      tokens, train, trained_model, write_jsonl)
 
 
 def cpu_world(rank=0, size=1):
@@ -855,7 +855,8 @@ def test_two_machines_train_as_one():
     assert run_of("log/two")["processes"] == 2
 
 
-@each_arch
+# MTA takes minutes to compile for a CPU; test_mta.py compiles it without generating code
+@pytest.mark.parametrize("arch", [arch for arch in ARCHS if arch not in ("hybrid", "mta")])
 def test_compiled_is_the_same(arch, monkeypatch, gpt2_bpe, hellaswag_items, capsys):
     """torch.compile on the CPU gives the same losses; HellaSwag, samples and saving work, and names stay clean."""
     write_jsonl("h.jsonl", hellaswag_items[:8])
