@@ -17,7 +17,7 @@ because it would pull kernels that start as the identity to zero.
 
 What to expect: with 880M parameters and 105B tokens the authors find a validation loss of 0.03 less
 than LLaMA's, of which the mixing of heads brings 0.02, at a tenth of LLaMA's speed (tables 2, 5 and
-9). Attention as computed here is about twice as fast as theirs on a CPU, but not as fast as LLaMA's.
+9). Computed as here, it is about twice as fast as their code on a CPU, but slower than LLaMA.
 In 500 small steps (4 layers of width 256, one seed) the initialisation weighed more than the
 architecture: MTA ended at 1.975, with its authors' initialisation (--init_std=0) at 1.789, and
 LLaMA at 1.819.
