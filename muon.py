@@ -90,6 +90,8 @@ class Muon(torch.optim.Optimizer):
         self.updates = state_dict["updates"]
         super().load_state_dict(state_dict)
         for p in self.params:
+            if self.state[p]["momentum_buffer"].shape != p.shape:  # PyTorch does not compare them
+                raise ValueError("a momentum has another shape than its matrix")
             if self.owners[p] != self.rank:
                 del self.state[p]
 
@@ -100,6 +102,10 @@ class Optimizers(list):
     @property
     def param_groups(self):
         return [group for optimizer in self for group in optimizer.param_groups]
+
+    @property
+    def state(self):
+        return {p: state for optimizer in self for p, state in optimizer.state.items()}
 
     def step(self):
         for optimizer in self:

@@ -196,6 +196,10 @@ def resume(cfg, arch, world, model, optimizer, scaler):
         misfits = AttributeError, LookupError, TypeError, ValueError
         with explain(f"{path} holds no state of this version's optimizer", *misfits):
             optimizer.load_state_dict(checkpoint["optimizer"])
+            for p, state in optimizer.state.items():
+                for name, x in state.items():  # AdamW would write beyond the end of a smaller one
+                    if name != "step" and x.shape != p.shape:
+                        raise ValueError(f"{name} has another shape than its parameter")
         for group, options in zip(optimizer.param_groups, groups):
             group.update(options)  # weight decay, betas and so on are those of the command line
         if checkpoint.get("scaler"):  # it is empty unless the run used float16

@@ -4,6 +4,7 @@ in which an orthogonalised matrix is computed from its singular values, and PyTo
 
     pytest -q test_muon.py
 """
+import copy
 import math
 import os
 import shutil
@@ -315,16 +316,26 @@ def test_processes_skip_an_update_together():
     assert all(buffers["momentum_buffer"].any() for buffers in late["optimizer"][1]["state"].values())
 
 
-def test_the_state_of_another_optimizer_is_refused(monkeypatch, capsys):
-    """Such as that of PyTorch's Muon, which earlier versions used."""
-    options = [*quick("gpt2"), "--optimizer=muon"]
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_state_of_another_optimizer_is_refused(optimizer, monkeypatch, capsys):
+    """Such as that of PyTorch's Muon, which earlier versions used, or one in which a part is missing."""
+    options = [*quick("gpt2"), f"--optimizer={optimizer}"]
     train("gpt2", monkeypatch, *options)
     path = "log/gpt2-tiny/model_00008.pt"
-    checkpoint = checkpoint_of()
-    del checkpoint["optimizer"][1]["updates"]
-    torch.save(checkpoint, path)
-    words = path, "no state of this version's optimizer"
-    bad(capsys, lambda: train("gpt2", monkeypatch, *options, "--resume=auto"), *words)
+    whole = checkpoint_of()
+    if optimizer == "adamw":
+        damages = {"another shape": lambda state: state["state"][1].update(exp_avg=torch.zeros(999, 999))}
+    else:
+        damages = {
+            "updates": lambda states: states[1].pop("updates"),
+            "momentum_buffer": lambda states: states[1]["state"].pop(1),
+            "another shape": lambda states: states[1]["state"][1].update(momentum_buffer=torch.zeros(1, 32))}
+    for word, damage in damages.items():
+        checkpoint = copy.deepcopy(whole)
+        damage(checkpoint["optimizer"])
+        torch.save(checkpoint, path)
+        words = path, "no state of this version's optimizer", word
+        bad(capsys, lambda: train("gpt2", monkeypatch, *options, "--resume=auto"), *words)
 
 
 def test_orthogonalize_takes_zeros_and_stacks():
