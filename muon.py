@@ -6,13 +6,13 @@ import math
 import torch
 import torch.distributed as dist
 
-MOMENTUM_WARMUP = 300  # updates in which the momentum rises (modded-nanogpt)
+MOMENTUM_WARMUP = 300  # updates over which it rises from 0.85 to 0.95 (modded-nanogpt)
 
 
 def orthogonalize(x):
-    """Return x (..., rows, cols) with all singular values moved close to 1 (0.7 to 1.2): five steps
-    of a Newton-Schulz iteration with Keller Jordan's polynomial. It computes in bf16 on a GPU, and
-    in fp32 elsewhere, where bf16 is slow."""
+    """Return x (..., rows, cols) with singular values moved close to 1 (0.7 to 1.2, the smallest
+    less): five steps of a Newton-Schulz iteration with Keller Jordan's polynomial. It computes in
+    bf16 on a GPU, and in fp32 elsewhere, where bf16 is slow."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = x.size(-2) > x.size(-1)
     y = x.mT if tall else x  # the product below is the smaller of the two possible ones
@@ -33,8 +33,8 @@ class Muon(torch.optim.Optimizer):
     matrices that are stored as one, such as queries, keys and values, and leading dimensions count
     matrices, such as experts: each is made orthogonal by itself.
 
-    Processes share the work: each updates some of the matrices, the largest first in turn, and
-    sends them to the others. It holds the momentum of these alone."""
+    Processes share the work: the matrices are dealt out in turn, the largest first, and each
+    process updates its own and sends them to the others. It holds the momentum of these alone."""
 
     def __init__(self, groups, lr):
         """groups: dicts with "params", "weight_decay" and, if needed, "rows"."""
@@ -67,7 +67,7 @@ class Muon(torch.optim.Optimizer):
     def update(self, p, group, momentum):
         lr = group["lr"]
         average = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)
-        direction = p.grad.lerp(average, momentum)  # Nesterov: as if one update further
+        direction = p.grad.lerp(average, momentum)  # Nesterov: as if this gradient came once more
         p.mul_(1 - lr * group["weight_decay"])
         rows = group["rows"] or p.size(-2)
         for matrix, part in zip(p.split(rows, -2), direction.split(rows, -2)):

@@ -3,9 +3,9 @@ Multi-Token Attention, MTA (Golovneva et al. 2025, arXiv 2504.00927, second vers
 which several queries and keys together, not one of each, decide how much attention a token gets.
 train_llama.py is changed in these points:
 - In every fourth layer the attention scores are convolved: a score becomes a weighted sum over the
-  last 6 queries and the 11 keys around its key. So are the attention weights behind the softmax.
+  last 6 queries and the 11 keys around its key. So are the attention weights after the softmax.
   Each head has its own kernels: key-query convolution (section 3.1).
-- In every layer the heads mix their scores, and behind the softmax their weights (section 3.2).
+- In every layer the heads mix their scores, and after the softmax their weights (section 3.2).
 - The output of each head is normalised, and multiplied by a gate of its own (section 3.3).
 - theta is 100,000, as in the paper's runs.
 It has 123,597,084 parameters. What the paper leaves open follows the authors' code
@@ -62,9 +62,9 @@ class Config(RunConfig):
     rope_theta: float = 100000.0  # base of the rotary wavelengths
     norm_eps: float = 1e-5  # epsilon of RMSNorm
     init_std: float = 0.02  # standard deviation of initial weights; 0: 1 / sqrt(inputs), as theirs
-    kq_period: int = 4  # one of so many layers has key-query convolutions: 2, 6, 10 of 0 to 11
-    query_kernel: int = 6  # queries under their kernel: the last ones
-    key_kernel: int = 11  # keys under their kernel, an odd number: as many on both sides
+    kq_period: int = 4  # one in so many layers has key-query convolutions: 2, 6, 10 of 0 to 11
+    query_kernel: int = 6  # queries that a kernel covers: the last ones
+    key_kernel: int = 11  # keys that a kernel covers, an odd number: as many on both sides
     # training
     total_batch_size: int = 524288  # tokens per step
     batch_size: int = 32  # sequences per device and micro-batch; lower it if memory runs out
@@ -135,7 +135,7 @@ def rotate(x, rope):
 
 
 def head_mixing_attention(q, k, v, mixing_before, mixing_after):
-    """Attention whose heads mix their scores and, behind the softmax, their weights (section 3.2).
+    """Attention whose heads mix their scores and, after the softmax, their weights (section 3.2).
 
     q: (B, M, T, D); k, v: (B, G, T, D), where M / G query heads share one; mixing_before and
     mixing_after: (M, M), from the heads in its columns to those in its rows. Returns (B, M, T, D).
@@ -162,15 +162,14 @@ def mix_own_group(y, mixing, G):
 
 
 def read_at(x, offset):
-    """Return x (..., T) read so many tokens further on, or further back if offset < 0, and zero
-    outside the text."""
+    """Return y with y[t] = x[t + offset] for x (..., T), and zero outside the text."""
     T = x.size(-1)
     offset = max(-T, min(offset, T))
     return F.pad(x, (-offset, offset))
 
 
 def neighbours(x, offsets, dim):
-    """Stack what x (..., T) has at each of the offsets from each token in a new dimension."""
+    """Return x (..., T) at t + offset for each of the offsets, stacked in a new dimension."""
     return torch.stack([read_at(x, offset) for offset in offsets], dim)
 
 
@@ -220,6 +219,7 @@ def key_query_attention(q, k, v, mixing_before, mixing_after, kernel_before, ker
         key = torch.arange(-beside, beside + 1, device=x.device)[:, None, None]
         from_distance = torch.arange(x.size(2), device=x.device)
         to_distance = torch.arange(n, device=x.device)[:, None]
+        # query i + a and key i - d + c are a + d - c tokens apart
         reached = (key == query + to_distance - from_distance).to(kernel)
         weights = torch.einsum("hqk,qkji->hjqi", kernel, reached).flatten(2)
         return weights @ neighbours(x, past, 2).flatten(2, 3)
@@ -227,7 +227,7 @@ def key_query_attention(q, k, v, mixing_before, mixing_after, kernel_before, ker
     queries = neighbours(q, past, 2).flatten(2, 3)  # (B, M, query_kernel D, T)
     keys = kernel_before.view(G, -1, key_kernel) @ neighbours(k, around, 2).flatten(3)
     scores = queries.mT @ keys.view(B, M, -1, T)
-    n = before + beside + 1  # on so many diagonals a kernel covers future keys
+    n = before + beside + 1  # on fewer diagonals a kernel covers future keys
     close = neighbours(k, range(0, -n - beside, -1), 2)  # the keys that matter there
     close = torch.einsum("bghdt,bgndt->bghnt", q.unflatten(1, (G, -1)), close).flatten(1, 2)
     close = from_diagonals(convolve_diagonals(close, kernel_before, n))
@@ -237,7 +237,7 @@ def key_query_attention(q, k, v, mixing_before, mixing_after, kernel_before, ker
     weights = scores.masked_fill(distance < 0, -torch.inf).softmax(-1)
 
     values = kernel_after.view(-1, key_kernel) @ neighbours(v, around[::-1], 1).flatten(2)
-    n = beside + 1  # from so many diagonals weight would come to future keys
+    n = beside + 1  # from fewer diagonals weight would come to future keys
     parts = values.view(B, M, -1, T) @ weights.masked_fill(distance < n, 0).mT
     parts = parts.unflatten(2, (query_kernel, -1)).unbind(2)  # each (B, M, G D, T)
     y = sum(read_at(part, offset) for part, offset in zip(parts, past))
