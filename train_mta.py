@@ -227,7 +227,7 @@ def key_query_attention(q, k, v, mixing_before, mixing_after, kernel_before, ker
     queries = neighbours(q, past, 2).flatten(2, 3)  # (B, M, query_kernel D, T)
     keys = kernel_before.view(G, -1, key_kernel) @ neighbours(k, around, 2).flatten(3)
     scores = queries.mT @ keys.view(B, M, -1, T)
-    n = before + beside + 1  # on fewer diagonals a kernel covers future keys
+    n = before + beside + 1  # a kernel covers future keys on fewer diagonals than these
     close = neighbours(k, range(0, -n - beside, -1), 2)  # the keys that matter there
     close = torch.einsum("bghdt,bgndt->bghnt", q.unflatten(1, (G, -1)), close).flatten(1, 2)
     close = from_diagonals(convolve_diagonals(close, kernel_before, n))
@@ -237,7 +237,7 @@ def key_query_attention(q, k, v, mixing_before, mixing_after, kernel_before, ker
     weights = scores.masked_fill(distance < 0, -torch.inf).softmax(-1)
 
     values = kernel_after.view(-1, key_kernel) @ neighbours(v, around[::-1], 1).flatten(2)
-    n = beside + 1  # from fewer diagonals weight would come to future keys
+    n = beside + 1  # weight would come to future keys from fewer diagonals
     parts = values.view(B, M, -1, T) @ weights.masked_fill(distance < n, 0).mT
     parts = parts.unflatten(2, (query_kernel, -1)).unbind(2)  # each (B, M, G D, T)
     y = sum(read_at(part, offset) for part, offset in zip(parts, past))
