@@ -4,6 +4,8 @@ random weights; its ends are train_gpt2.py and train_llama.py.
 
     pytest -q test_hybrid.py
 """
+import collections
+import itertools
 import math
 
 import pytest
@@ -43,6 +45,12 @@ LADDER = {  # name: (options, class); what is not given is as in LLaMA
     "low rank with biases": (dict(rank=12, bias=True), "Llama"),
     "low rank, shared": (dict(n_layer=4, share=2, rank=12), "Llama"),
     "factorised embedding": ({**GPT2, "embd_rank": 24}, "OPT"),
+    "GPT-2 - biases": ({**GPT2, "bias": False}, "GPT2"),
+    "Mistral": (dict(window_pattern="S"), "Mistral"),
+    "LLaMA, every other layer a window": (dict(window_pattern="LS", n_layer=3), "Ministral"),
+    "LLaMA with a head of its own": (dict(tie=False), "Llama"),
+    "all at once": (dict(n_layer=6, share=3, share_order="cycle", rank=12, window_pattern="SSL", qk_norm="rmsnorm",
+                         tie=False, mlp="geglu"), "Qwen3"),
 }
 
 
@@ -57,32 +65,35 @@ def small_hybrid(seed=0, **options):
     return model
 
 
+def assert_same_model(model, hf):
+    """Assert that logits, and the gradient of every parameter, are those of a model of transformers.
+
+    Its gradients come back to our parameters through hf_weights, which repeats and multiplies them."""
+    idx = tokens(2, 48)
+    logits, _ = model(idx)
+    assert logits.std() > 0.5
+    torch.testing.assert_close(logits, hf(idx).logits, atol=1e-4, rtol=0)
+    parameters = dict(model.named_parameters())
+    _, loss = model(idx[:, :-1], idx[:, 1:])
+    ours = torch.autograd.grad(loss, parameters.values())
+    theirs = dict(hf.named_parameters())
+    gradients = dict(zip(theirs, torch.autograd.grad(hf(idx, labels=idx).loss, theirs.values())))
+    name = type(hf).__name__.removesuffix("LMHeadModel").removesuffix("ForCausalLM")
+    weights = train_hybrid.hf_weights(model.cfg, name, model.state_dict(keep_vars=True))
+    shared = [key for key in theirs if key in weights]  # without the biases that we lack
+    expected = torch.autograd.grad([weights[key] for key in shared], parameters.values(), [
+        gradients[key] for key in shared])
+    for key, a, b in zip(parameters, ours, expected):
+        assert (a - b).norm() <= 1e-4 * b.norm(), key
+
+
 @pytest.mark.parametrize("rung", LADDER)
 def test_logits_and_gradients_equal_transformers(rung):
-    """The gradient of the embedding comes through every other weight."""
     options, name = LADDER[rung]
     model = small_hybrid(**options)
     hf = train_hybrid.to_hf(model).eval()
     assert type(hf).__name__ == ("GPT2LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM")
-    idx = tokens(2, 48)
-    logits, _ = model(idx)
-    assert logits.std() > 0.5
-    reference = hf(idx).logits
-    torch.testing.assert_close(logits, reference, atol=1e-4, rtol=0)
-    _, loss = model(idx[:, :-1], idx[:, 1:])
-    loss.backward()
-    hf(idx, labels=idx).loss.backward()
-    ours, theirs = model.model.embed_tokens.weight.grad, hf.get_input_embeddings().weight.grad
-    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-3)
-    same = name in ("GPT2", "Starcoder2", "OPT", "Llama", "Arcee", "Qwen3", "SmolLM3")
-    if same and model.cfg.share == 1 and model.cfg.rank == 0 and "- biases" != rung:
-        # gradients take the place of the weights, so that to_hf gives them the names of the class
-        with torch.no_grad():
-            for p in model.parameters():
-                p.copy_(p.grad)
-        ours = dict(train_hybrid.to_hf(model).named_parameters())
-        for key, p in hf.named_parameters():
-            torch.testing.assert_close(ours[key], p.grad, atol=1e-5, rtol=1e-3, msg=lambda m: f"{key}: {m}")
+    assert_same_model(model, hf)
 
 
 def test_learned_positions_in_modern_blocks():
@@ -207,11 +218,37 @@ def test_a_bad_option_is_one_line(option, word, monkeypatch, capsys):
     bad(capsys, lambda: train("hybrid", monkeypatch, option), word)
 
 
-@pytest.mark.parametrize("options", [
-    dict(tie=False), dict(pos="learned"), dict(qk_norm="layernorm"), dict(window_pattern="SL"), dict(embd_rank=16),
-    dict(norm="layernorm", mlp="relu2"), dict(pos="none", mlp="gelu")], ids=str)
-def test_no_class_no_export(options, capsys):
-    bad(capsys, lambda: train_hybrid.to_hf(small_hybrid(**options)), "transformers has no class")
+def test_every_combination_equals_its_class_or_is_refused():
+    """All 6,912 combinations of ingredients: 304 are in transformers, and their logits equal those of their classes."""
+    choices = dict(pos=["learned", "rope", "none"], norm=["layernorm", "rmsnorm"], bias=[False, True],
+                   mlp=["gelu", "swiglu", "geglu", "relu2"], n_kv_head=[2, 4], qk_norm=["none", "rmsnorm", "layernorm"],
+                   window_pattern=["L", "S", "SL", "LS"], embd_rank=[0, 24], tie=[False, True])
+    idx = tokens(1, 32)
+    found = collections.Counter()
+    for values in itertools.product(*choices.values()):
+        options = dict(zip(choices, values))
+        try:
+            name = train_hybrid.hf_class(small_config("hybrid", **options))
+        except SystemExit:
+            found["none"] += 1
+            continue
+        found[name] += 1
+        model = small_hybrid(**options, n_embd=32, ffn_dim=48, vocab_size=96, window=8)
+        logits, _ = model(idx % 96)
+        torch.testing.assert_close(train_hybrid.to_hf(model).eval()(idx % 96).logits, logits, atol=1e-4, rtol=0)
+    print(found)
+
+
+@pytest.mark.parametrize("options, closest, missing", [
+    (dict(pos="learned"), "GPT2", "--norm=rmsnorm --mlp=swiglu --n_kv_head=2"),
+    (dict(qk_norm="layernorm"), "Llama", "--qk_norm=layernorm"),
+    (dict(pos="none", mlp="gelu"), "Arcee", "--pos=none"),
+    (dict(embd_rank=16), "Llama", "--embd_rank=16"),
+    (dict(window_pattern="SL", norm="layernorm", mlp="gelu"), "Starcoder2", "--window_pattern=SL"),
+    (dict(window_pattern="S", bias=True), "Llama", "--window_pattern=SS"),
+    ({**GPT2, "embd_rank": 24, "norm_eps": 1e-6}, "OPT", "--norm_eps=1e-06")], ids=str)
+def test_no_class_no_export(options, closest, missing, capsys):
+    bad(capsys, lambda: train_hybrid.to_hf(small_hybrid(**options)), f"the closest, {closest}, lacks {missing}")
 
 
 def test_zero_init_and_untied_heads():
