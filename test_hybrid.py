@@ -207,6 +207,8 @@ def test_it_is_gpt2(monkeypatch):
     ours = train_gpt2.to_hf(gpt2).state_dict()
     for name, p in train_hybrid.to_hf(model).state_dict().items():
         assert torch.equal(p, ours[name]), name
+    model = small_hybrid(**GPT2, ffn_dim=256)  # random weights show what fresh ones hide
+    gpt2.load_state_dict(train_gpt2.transpose_conv1d(train_hybrid.to_hf(model).state_dict()))
     idx = tokens(2, 48)
     gradients = train_gpt2.transpose_conv1d(gradients_of(gpt2, gpt2(idx[:, :-1], idx[:, 1:])[1]))
     assert_same_model(model, "GPT2", gpt2(idx)[0], gradients)
@@ -252,6 +254,7 @@ def test_counts():
     # all 84,953,856 of the blocks stay, and the embedding is a product
     narrow = model(embd_rank=64)
     assert narrow.num_params()["total"] == 84_953_856 + 50304 * 64 + 2 * 64 * 768
+    assert narrow.num_params()["non_embedding"] == 84_953_856
     assert narrow.flops_per_token() == 6 * narrow.num_params()["total"] + attended
     # two factors for each of q, o; k, v; gate, up, down; and 25 norms
     factors = model(rank=32)
@@ -318,6 +321,28 @@ def test_no_class_no_export(options, closest, missing, capsys):
     bad(capsys, lambda: train_hybrid.to_hf(small_hybrid(**options)), f"the closest, {closest}, lacks {missing}")
 
 
+def test_residual_projections_start_by_the_number_of_passes():
+    torch.manual_seed(0)
+    for share in 1, 4:
+        block = train_hybrid.Model(small_config("hybrid", n_layer=8, share=share)).model.layers[0]
+        weights = torch.cat([block.self_attn.o_proj.weight.flatten(), block.mlp.down_proj.weight.flatten()])
+        assert math.isclose(weights.std().item(), 0.02 / 4, rel_tol=0.03)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_kinds_of_parameters_have_their_rates(optimizer):
+    rates = dict(embd_lr=2.0, head_lr=3.0, matrix_lr=4.0, vector_lr=5.0)
+    options = dict(pos="learned", rank=8, embd_rank=16, tie=False, bias=True, norm="layernorm", qk_norm="layernorm")
+    cfg = small_config("hybrid", **options, **rates, optimizer=optimizer)
+    model = train_hybrid.Model(cfg)
+    rate = {p: group["lr_scale"] for group in model.configure_optimizers(cfg, "cpu").param_groups
+            for p in group["params"]}
+    assert len(rate) == len(list(model.parameters()))
+    for name, p in model.named_parameters():
+        kind = ("vector" if p.dim() < 2 else "embd" if "embed_" in name else "head" if "lm_head" in name else "matrix")
+        assert rate[p] == rates[f"{kind}_lr"], name
+
+
 def test_zero_init_and_untied_heads():
     torch.manual_seed(0)
     model = train_hybrid.Model(small_config("hybrid", zero_init=True, tie=False, rank=8, embd_rank=16, n_layer=4))
@@ -327,6 +352,10 @@ def test_zero_init_and_untied_heads():
     products = [m[1].weight @ m[0].weight for m in model.modules()
                 if isinstance(m, torch.nn.Sequential) and m[1].weight.any()]
     assert math.isclose(torch.cat([p.flatten() for p in products]).std().item(), 0.02, rel_tol=0.05)
+    embedding = model.model.embed_tokens.weight @ model.model.project_in.weight.T
+    head = model.lm_head.weight @ model.model.project_out.weight
+    assert math.isclose(embedding.std().item(), 0.02, rel_tol=0.05)
+    assert math.isclose(head.std().item(), 0.02, rel_tol=0.05)
     assert model.lm_head.weight is not model.model.embed_tokens.weight
     idx = tokens(2, 32)
     optimizer = model.configure_optimizers(small_config("hybrid", tie=False, learning_rate=1e-3), "cpu")
