@@ -109,6 +109,8 @@ class Config(RunConfig):
             raise ValueError(f"--window_pattern={self.window_pattern} must consist of S and L")
         if self.n_layer % self.share:
             raise ValueError(f"--n_layer={self.n_layer} is not a multiple of --share={self.share}")
+        if self.share == 1 and self.share_order == "cycle":
+            raise ValueError("--share_order=cycle needs --share=2 or more: now no passes share")
         if self.tie and self.head_lr != 1:
             raise ValueError(f"--head_lr={self.head_lr} needs --tie=false: a tied head learns with "
                              "the embedding")
@@ -116,6 +118,11 @@ class Config(RunConfig):
     @property
     def head_dim(self):
         return self.n_embd // self.n_head
+
+    @property
+    def layer_kinds(self):
+        """S or L for each layer."""
+        return (self.window_pattern * self.n_layer)[:self.n_layer]
 
 
 CHOICES = {"pos": ("learned", "rope", "none"), "norm": ("layernorm", "rmsnorm"),
@@ -267,8 +274,7 @@ class Block(nn.Module):
 
     def __init__(self, cfg, layer, shared):
         super().__init__()
-        local = cfg.window_pattern[layer % len(cfg.window_pattern)] == "S"
-        self.window = cfg.window if local else None
+        self.window = cfg.window if cfg.layer_kinds[layer] == "S" else None
         self.input_layernorm = Norm(cfg.norm, cfg.n_embd, cfg)
         self.self_attn = shared.self_attn if shared else Attention(cfg)
         self.post_attention_layernorm = Norm(cfg.norm, cfg.n_embd, cfg)
@@ -330,7 +336,7 @@ class Model(nn.Module):
         takes seconds, and DDP sums a block's gradients while those of the block before are
         computed. On CUDA the blocks get the mask that flex_attention needs."""
         device = self.lm_head.weight.device
-        if device.type == "cuda" and "S" in self.cfg.window_pattern:
+        if device.type == "cuda" and "S" in self.cfg.layer_kinds:
             self.block_mask = window_block_mask(self.cfg.block_size, self.cfg.window, device)
         for module in [*self.model.layers, self.model.norm]:
             module.compile(**options)
@@ -411,32 +417,33 @@ class Model(nn.Module):
 
 
 def hf_class(cfg):
-    """Return the name of the class of transformers that has these ingredients, or None."""
-    attention = cfg.pos, cfg.qk_norm, "S" in cfg.window_pattern
-    plain = cfg.norm, cfg.mlp, cfg.bias
-    gated = cfg.mlp in ("swiglu", "geglu")
-    if not cfg.tie:
-        return None
-    if cfg.embd_rank:
-        full = attention == ("learned", "none", False) and plain == ("layernorm", "gelu", True)
-        return "OPT" if full and cfg.n_kv_head == cfg.n_head and cfg.norm_eps == 1e-5 else None
-    if attention == ("learned", "none", False):
-        full = plain == ("layernorm", "gelu", True) and cfg.n_kv_head == cfg.n_head
-        return "GPT2" if full else None
-    if attention == ("none", "none", False):
-        return "SmolLM3" if cfg.norm == "rmsnorm" and gated else None
-    if cfg.pos != "rope":
-        return None
-    if cfg.norm == "layernorm":
-        if gated and not cfg.bias and attention[2] is False and cfg.qk_norm != "rmsnorm":
-            return "StableLm"
-        return "Starcoder2" if cfg.mlp == "gelu" and cfg.qk_norm == "none" and (
-            set(cfg.window_pattern) in ({"S"}, {"L"})) else None
-    if cfg.qk_norm == "rmsnorm":
-        return "Qwen3" if gated and not cfg.bias else None
-    if attention != ("rope", "none", False):
-        return None
-    return "Llama" if gated else "Arcee"
+    """Return the name of the class of transformers that has the ingredients of cfg."""
+    full, local = "L" * cfg.n_layer, "S" * cfg.n_layer  # patterns of windows
+    either, ungated = (False, True), ("gelu", "relu2")
+    llama = dict(pos=["rope"], norm=["rmsnorm"], mlp=["swiglu", "geglu"], bias=[False],
+                 qk_norm=["none"], window_pattern=[full], embd_rank=[0])
+    gpt2 = dict(llama, pos=["learned"], norm=["layernorm"], mlp=ungated, bias=either,
+                n_kv_head=[cfg.n_head])
+    classes = {  # the values that each class has, in order of preference
+        "Llama": dict(llama, bias=either),
+        "Arcee": dict(llama, bias=either, mlp=ungated),
+        "SmolLM3": dict(llama, bias=either, pos=["none"]),
+        "Mistral": dict(llama, window_pattern=[local]),
+        "Ministral": dict(llama, window_pattern=[cfg.layer_kinds]),
+        "Qwen3": dict(llama, window_pattern=[cfg.layer_kinds], qk_norm=["rmsnorm"]),
+        "StableLm": dict(llama, norm=["layernorm"], qk_norm=["none", "layernorm"]),
+        "Starcoder2": dict(llama, norm=["layernorm"], mlp=ungated, bias=either,
+                           window_pattern=[full, local]),
+        "GPT2": gpt2,
+        "OPT": dict(gpt2, embd_rank=[cfg.embd_rank], norm_eps=[1e-5])}
+    ours = {**vars(cfg), "window_pattern": cfg.layer_kinds}
+    lacks = {name: [f"--{option}={ours[option]}" for option, values in has.items()
+                    if ours[option] not in values] for name, has in classes.items()}
+    closest = min(lacks, key=lambda name: len(lacks[name]))
+    if lacks[closest]:
+        fail("no class of transformers known here has all these ingredients, so there is no "
+             f"export: the closest, {closest}, lacks {' '.join(lacks[closest])}")
+    return closest
 
 
 def to_hf(model):
@@ -445,58 +452,74 @@ def to_hf(model):
     import transformers
     cfg = model.cfg
     name = hf_class(cfg)
-    if name is None:
-        fail("transformers has no class with this combination of --pos, --norm, --mlp, --bias, "
-             "--qk_norm, --window_pattern, --n_kv_head, --embd_rank and --tie: there is no export")
     eot = end_of_text(cfg.vocab_size)
-    activation = {"swiglu": "silu", "relu2": "relu2"}.get(cfg.mlp, "gelu_pytorch_tanh")
-    common = dict(
+    shape = dict(
         vocab_size=cfg.vocab_size, max_position_embeddings=cfg.block_size, hidden_size=cfg.n_embd,
-        num_hidden_layers=cfg.n_layer, num_attention_heads=cfg.n_head, tie_word_embeddings=True,
+        num_hidden_layers=cfg.n_layer, num_attention_heads=cfg.n_head, tie_word_embeddings=cfg.tie,
         bos_token_id=eot, eos_token_id=eot, pad_token_id=None)
+    # two names of GELU by tanh: the second is the one of GPT-2's time
+    activation = {"swiglu": "silu", "relu2": "relu2"}.get(cfg.mlp, "gelu_pytorch_tanh")
+    old_activation = "gelu_new" if cfg.mlp == "gelu" else activation
     rotary = dict(
-        common, intermediate_size=cfg.ffn_dim, num_key_value_heads=cfg.n_kv_head,
-        hidden_act=activation, rope_parameters={"rope_type": "default",
-                                                "rope_theta": cfg.rope_theta})
+        shape, intermediate_size=cfg.ffn_dim, num_key_value_heads=cfg.n_kv_head,
+        hidden_act=activation,
+        rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_theta,
+                         "partial_rotary_factor": 1.0})  # StableLm's default is a quarter
+    llama = dict(rotary, rms_norm_eps=cfg.norm_eps, head_dim=cfg.head_dim)
     biases = dict(attention_bias=cfg.bias, mlp_bias=cfg.bias)
-    local = [cfg.window_pattern[i % len(cfg.window_pattern)] == "S" for i in range(cfg.n_layer)]
-    windows = dict(sliding_window=cfg.window, use_sliding_window=any(local), layer_types=[
-        "sliding_attention" if each else "full_attention" for each in local])
+    kinds = {"S": "sliding_attention", "L": "full_attention"}
+    windows = dict(sliding_window=cfg.window, layer_types=[kinds[kind] for kind in cfg.layer_kinds])
     settings = {
-        "Llama": dict(rotary, **biases, rms_norm_eps=cfg.norm_eps),
-        "Arcee": dict(rotary, **biases, rms_norm_eps=cfg.norm_eps),
-        "SmolLM3": dict(rotary, **biases, rms_norm_eps=cfg.norm_eps,
-                        no_rope_layers=[0] * cfg.n_layer),
-        "Qwen3": dict(rotary, **windows, head_dim=cfg.head_dim, rms_norm_eps=cfg.norm_eps),
-        "Starcoder2": dict(
-            rotary, use_bias=cfg.bias, norm_epsilon=cfg.norm_eps, residual_dropout=0.0,
-            embedding_dropout=0.0, sliding_window=cfg.window if all(local) else None),
+        "Llama": dict(llama, **biases),
+        "Arcee": dict(llama, **biases),
+        "SmolLM3": dict(llama, **biases, no_rope_layers=[0] * cfg.n_layer),
+        "Mistral": dict(llama, sliding_window=cfg.window),
+        "Ministral": dict(llama, **windows),
+        "Qwen3": dict(llama, **windows, use_sliding_window="S" in cfg.layer_kinds),
         "StableLm": dict(rotary, layer_norm_eps=cfg.norm_eps, use_qkv_bias=False,
                          qk_layernorm=cfg.qk_norm == "layernorm"),
+        "Starcoder2": dict(
+            rotary, norm_epsilon=cfg.norm_eps, use_bias=cfg.bias, residual_dropout=0.0,
+            embedding_dropout=0.0, sliding_window=cfg.window if "S" in cfg.layer_kinds else None),
         "GPT2": dict(
-            vocab_size=cfg.vocab_size, n_positions=cfg.block_size, n_embd=cfg.n_embd,
-            n_layer=cfg.n_layer, n_head=cfg.n_head, n_inner=cfg.ffn_dim,
-            layer_norm_epsilon=cfg.norm_eps, bos_token_id=eot, eos_token_id=eot),
-        "OPT": dict(common, ffn_dim=cfg.ffn_dim, word_embed_proj_dim=cfg.embd_rank,
-                    activation_function="gelu_new", dropout=0.0, layerdrop=0.0),
+            shape, n_inner=cfg.ffn_dim, layer_norm_epsilon=cfg.norm_eps,
+            activation_function=old_activation, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+            n_ctx=cfg.block_size),  # llama.cpp reads n_ctx
+        "OPT": dict(shape, ffn_dim=cfg.ffn_dim, word_embed_proj_dim=cfg.embd_rank,
+                    activation_function=old_activation, dropout=0.0, layerdrop=0.0),
     }[name]
-    if name == "StableLm":
-        settings["rope_parameters"]["partial_rotary_factor"] = 1.0
-    kind = "LMHeadModel" if name == "GPT2" else "ForCausalLM"
     config = getattr(transformers, f"{name}Config")(**settings)
-    hf = getattr(transformers, f"{name}{kind}")(config)
-    hf.load_state_dict(hf_weights(model, name, hf.state_dict()), strict=True)
+    if cfg.pos == "rope":  # where transformers 4, vLLM and llama.cpp look for it
+        config.rope_theta, config.partial_rotary_factor = cfg.rope_theta, 1.0
+    hf = transformers.AutoModelForCausalLM.from_config(config)
+    # some classes have biases that we lack
+    biases = {key: torch.zeros_like(p) for key, p in hf.state_dict().items() if "bias" in key}
+    hf.load_state_dict({**biases, **hf_weights(cfg, name, model.state_dict())})
     return hf
 
 
-def hf_weights(model, name, theirs):
-    """Return the weights under the names of a class; theirs: its own weights, by name."""
-    weights = dict(model.state_dict())
+def hf_weights(cfg, name, weights):
+    """Return weights of our model under the names and in the form of a class of transformers."""
+    weights = dict(weights)
     for key in [key for key in weights if key.endswith(".0.weight")]:  # a product of low rank
         base = key.removesuffix("0.weight")
         weights[f"{base}weight"] = weights.pop(f"{base}1.weight") @ weights.pop(key)
-        if f"{base}1.bias" in weights:
+        if cfg.bias:
             weights[f"{base}bias"] = weights.pop(f"{base}1.bias")
+    if name == "OPT":  # its first two rows of positions are never used
+        positions = weights["model.embed_positions.weight"]
+        weights["model.embed_positions.weight"] = F.pad(positions, (0, 0, 2, 0))
+    for i in range(cfg.n_layer):
+        attn = f"model.layers.{i}.self_attn."
+        if name == "GPT2":  # it has q, k and v in one matrix
+            for kind in ("weight", "bias") if cfg.bias else ("weight",):
+                weights[f"{attn}c_attn.{kind}"] = torch.cat(
+                    [weights.pop(f"{attn}{x}_proj.{kind}") for x in "qkv"])
+        if name == "StableLm" and cfg.qk_norm != "none":  # it has a weight for each head
+            for x, heads in ("q", cfg.n_head), ("k", cfg.n_kv_head):
+                weight = weights.pop(f"{attn}{x}_norm.weight")
+                for head in range(heads):
+                    weights[f"{attn}{x}_layernorm.norms.{head}.weight"] = weight
     names = {
         "Starcoder2": {"up_proj": "c_fc", "down_proj": "c_proj"},
         "OPT": {"model.norm": "model.final_layer_norm", "model.": "model.decoder.",
@@ -505,33 +528,15 @@ def hf_weights(model, name, theirs):
                 "mlp.down_proj": "fc2"},
         "GPT2": {"model.layers": "transformer.h", "model.embed_tokens": "transformer.wte",
                  "model.embed_positions": "transformer.wpe", "model.norm": "transformer.ln_f",
-                 "self_attn.o_proj": "attn.c_proj", "input_layernorm": "ln_1",
+                 "self_attn": "attn", "o_proj": "c_proj", "input_layernorm": "ln_1",
                  "post_attention_layernorm": "ln_2", "up_proj": "c_fc", "down_proj": "c_proj"},
     }.get(name, {})
     renamed = {}
     for key, value in weights.items():
-        for ours, other in names.items():
-            key = key.replace(ours, other)
-        renamed[key] = value
-    for key, value in theirs.items():
-        if key not in renamed and "norm" in key and key.endswith("bias"):
-            renamed[key] = torch.zeros_like(value)  # LayerNorm without a bias
-    if name == "StableLm" and model.cfg.qk_norm == "layernorm":
-        for key in [key for key in theirs if "layernorm.norms" in key]:  # a weight for each head
-            ours = re.sub(r"([qk])_layernorm.norms.\d+", r"\1_norm", key)
-            renamed[key] = weights[ours]
-        renamed = {key: value for key, value in renamed.items() if key in theirs}
-    if name == "OPT":  # its first two rows of positions are never used
-        positions = renamed["model.decoder.embed_positions.weight"]
-        renamed["model.decoder.embed_positions.weight"] = F.pad(positions, (0, 0, 2, 0))
-    if name == "GPT2":
-        for i in range(model.cfg.n_layer):
-            for kind in "weight", "bias":
-                parts = [renamed.pop(f"transformer.h.{i}.self_attn.{x}_proj.{kind}") for x in "qkv"]
-                renamed[f"transformer.h.{i}.attn.c_attn.{kind}"] = torch.cat(parts)
-        for key, value in renamed.items():
-            if "c_" in key and key.endswith("weight"):
-                renamed[key] = value.T  # its linear layers are transposed
+        for ours, theirs in names.items():
+            key = key.replace(ours, theirs)
+        # GPT-2's linear layers hold their transposed matrices
+        renamed[key] = value.t() if name == "GPT2" and ".c_" in key else value
     return renamed
 
 
