@@ -273,7 +273,8 @@ def test_counts():
     ("--window_pattern=", "window_pattern="), ("--share=5", "share=5"),
     ("--share_order=random", "share_order=random"), ("--n_kv_head=5", "n_kv_head=5"), ("--n_head=5", "n_head=5"),
     ("--head_lr=2", "tie=false"), ("--share_order=cycle", "share_order=cycle"), ("--embd_rank=-1", "embd_rank=-1"),
-    ("--window=0", "window=0"), ("--window_pattern=sl", "window_pattern=sl"), ("--rank=-1", "rank=-1"), ("--share=0", "share=0")])
+    ("--window=0", "window=0"), ("--window_pattern=sl", "window_pattern=sl"), ("--rank=-1", "rank=-1"),
+    ("--share=0", "share=0")])
 def test_a_bad_option_is_one_line(option, word, monkeypatch, capsys):
     bad(capsys, lambda: train("hybrid", monkeypatch, option), word)
 
