@@ -76,7 +76,7 @@ class RunConfig:
     device: str = default_device()  # cuda, mps or cpu
     dtype: str = default_dtype(default_device())  # of matrix products: bfloat16, float16, float32
     compile: bool = torch.cuda.is_available()  # compile the model with torch.compile
-    tiny: bool = False  # train a small model on built-in text, about a minute on a CPU
+    tiny: bool = False  # train a small model on built-in text, in a few minutes on a CPU
 
     # names of options that shape the training, not the model; a script may add its own
     training_options = {
@@ -127,7 +127,8 @@ def make_parser(Config):
     modes.add_argument("--temperature", metavar="X", type=float, default=0.8,
                        help="how freely --sample chooses (%(default)s); 0: the likeliest token")
     modes.add_argument("--export", metavar="DIR",
-                       help="write the newest checkpoint as a Hugging Face folder")
+                       help="write the newest checkpoint as a Hugging Face folder, or as "
+                            "model.pth if transformers lacks the model")
     modes.add_argument("--bench", metavar="N", type=int, default=0,
                        help="time N training steps on random tokens, write nothing")
     return parser

@@ -4,7 +4,7 @@ Compare training runs: print one table, best run first, of finished runs and run
     python compare.py                           # every run below log/
     python compare.py log/gpt2 log/llama*       # these runs
     python compare.py --plot=curves.png         # also draw the curves (needs matplotlib)
-    python compare.py log/ablation* --effects   # what each option that differs does to the loss
+    python compare.py log/ladder --effects      # what each option that differs does to the loss
 
 A run is a folder with log.txt, run.json (its options) and hella_<step>.npy, which says for each
 HellaSwag item whether the model was right. A log.txt without run.json is read as build-nanogpt's,

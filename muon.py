@@ -6,7 +6,7 @@ import math
 import torch
 import torch.distributed as dist
 
-MOMENTUM_WARMUP = 300  # updates over which it rises from 0.85 to 0.95 (modded-nanogpt)
+MOMENTUM_WARMUP = 300  # updates in which the momentum rises from 0.85 to 0.95 (modded-nanogpt)
 
 
 def orthogonalize(x):
@@ -69,7 +69,7 @@ class Muon(torch.optim.Optimizer):
         average = self.state[p]["momentum_buffer"].lerp_(p.grad, 1 - momentum)
         direction = p.grad.lerp(average, momentum)  # Nesterov: as if this gradient came once more
         p.mul_(1 - lr * group["weight_decay"])
-        rows = group["rows"] or p.size(-2)
+        rows = group["rows"] or p.size(-2)  # the heights of several matrices, or of the only one
         for matrix, part in zip(p.split(rows, -2), direction.split(rows, -2)):
             scale = 0.2 * math.sqrt(max(part.shape[-2:]))
             matrix.sub_(orthogonalize(part), alpha=lr * scale)

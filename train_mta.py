@@ -9,15 +9,16 @@ train_llama.py is changed in these points:
 - The output of each head is normalised, and multiplied by a gate of its own (section 3.3).
 - theta is 100,000, as in the paper's runs.
 It has 123,597,084 parameters. What the paper leaves open follows the authors' code
-(facebookresearch/RAM, projects/mta): future keys are masked before and after each convolution
-(equation 5), there is one sigmoid gate for each token and head, and it reads the normalised output.
+(facebookresearch/RAM, projects/mta): scores of future keys are zero before the first convolution,
+and weights of future keys after the second (equation 5); there is one sigmoid gate for each token
+and head, and it reads the normalised output.
 Our own choices: LLaMA's 3 key-value heads, where the paper has one for each query head; GPT-2's
 initialisation of the matrices; and no weight decay of kernels, mixing matrices, norms and gates,
 because it would pull kernels that start as the identity to zero.
 
 What to expect: with 880M parameters and 105B tokens the authors find a validation loss of 0.03 less
-than LLaMA's, of which the mixing of heads brings 0.02, at a tenth of LLaMA's speed (tables 2, 5 and
-9). Computed as here, it is about twice as fast as their code on a CPU, but slower than LLaMA.
+than a plain Transformer's, of which the mixing of heads brings 0.02, at a tenth of its speed
+(tables 2, 5 and 9). Computed as here, MTA is about twice as fast as their code on a CPU.
 In 500 small steps (4 layers of width 256, one seed) the initialisation weighed more than the
 architecture: MTA ended at 1.975, with its authors' initialisation (--init_std=0) at 1.789, and
 LLaMA at 1.819.
@@ -61,7 +62,7 @@ class Config(RunConfig):
     ffn_dim: int = 2432  # hidden width of the MLP
     rope_theta: float = 100000.0  # base of the rotary wavelengths
     norm_eps: float = 1e-5  # epsilon of RMSNorm
-    init_std: float = 0.02  # standard deviation of initial weights; 0: 1 / sqrt(inputs), as theirs
+    init_std: float = 0.02  # standard deviation of weights at the start; 0: 1 / sqrt(inputs)
     kq_period: int = 4  # one in so many layers has key-query convolutions: 2, 6, 10 of 0 to 11
     query_kernel: int = 6  # queries that a kernel covers: the last ones
     key_kernel: int = 11  # keys that a kernel covers, an odd number: as many on both sides
@@ -138,25 +139,28 @@ def head_mixing_attention(q, k, v, mixing_before, mixing_after):
     """Attention whose heads mix their scores and, after the softmax, their weights (section 3.2).
 
     q: (B, M, T, D); k, v: (B, G, T, D), where M / G query heads share one; mixing_before and
-    mixing_after: (M, M), from the heads in its columns to those in its rows. Returns (B, M, T, D).
+    mixing_after: (M, M), whose row o has the weights with which head o sums what all heads have.
+    Returns (B, M, T, D).
 
     No score is stored, because a mix of scores is one score of longer vectors: with the keys of all
     groups side by side, sum_h w_h (q_h . k_g(h)) is [sum_h w_h q_h over the heads h of group 1,
     ..., of group G] . [k_1, ..., k_G] (appendix B)."""
     B, M, T, D = q.shape
     G = k.size(1)
+    # o: mixed head, g: group, h: head within its group
     queries = torch.einsum("ogh,bghtd->botgd", mixing_before.unflatten(1, (G, -1)),
                            q.unflatten(1, (G, -1))).flatten(3)  # (B, M, T, G D)
     keys = k.transpose(1, 2).reshape(B, 1, T, G * D)  # one head, which all queries share
     values = v.transpose(1, 2).reshape(B, 1, T, G * D)
+    # the scale of the paper; that of PyTorch would follow the longer vectors
     y = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=D ** -0.5,
                                        enable_gqa=True)
     return mix_own_group(y, mixing_after, G)
 
 
 def mix_own_group(y, mixing, G):
-    """Mix heads that hold the values of all groups, y (B, M, T, G D), and keep from each result the
-    values of its own group: (B, M, T, D)."""
+    """Each head has read the values of all groups, y (B, M, T, G D). Mix the heads, and keep from
+    each result the values of its own group: (B, M, T, D)."""
     y = y.unflatten(3, (G, -1))
     return torch.einsum("goh,bhtgd->bgotd", mixing.unflatten(0, (G, -1)), y).flatten(1, 2)
 
@@ -196,8 +200,8 @@ def key_query_attention(q, k, v, mixing_before, mixing_after, kernel_before, ker
         y = mixing_after [kernel_after * softmax(scores, with -inf for future keys)] v
 
     where [] sets future keys to zero, and * is a sum over the last query_kernel queries and the
-    key_kernel keys around a key. Shapes as above; kernel_before, kernel_after: (M, query_kernel,
-    key_kernel), one for each head.
+    key_kernel keys around a key. kernel_before, kernel_after: (M, query_kernel, key_kernel), one
+    for each head; the other shapes are those of head_mixing_attention.
 
     A convolution of T x T numbers is slow. But convolved scores are products of neighbouring
     queries with convolved keys, and convolved weights times values are the weights times convolved
@@ -219,16 +223,16 @@ def key_query_attention(q, k, v, mixing_before, mixing_after, kernel_before, ker
         key = torch.arange(-beside, beside + 1, device=x.device)[:, None, None]
         from_distance = torch.arange(x.size(2), device=x.device)
         to_distance = torch.arange(n, device=x.device)[:, None]
-        # query i + a and key i - d + c are a + d - c tokens apart
-        reached = (key == query + to_distance - from_distance).to(kernel)
-        weights = torch.einsum("hqk,qkji->hjqi", kernel, reached).flatten(2)
-        return weights @ neighbours(x, past, 2).flatten(2, 3)
+        # a kernel's weight takes what is at the distance d + query - key to the distance d
+        reached = (from_distance == to_distance + query - key).to(kernel)
+        matrix = torch.einsum("hqk,qktf->htqf", kernel, reached).flatten(2)
+        return matrix @ neighbours(x, past, 2).flatten(2, 3)
 
     queries = neighbours(q, past, 2).flatten(2, 3)  # (B, M, query_kernel D, T)
     keys = kernel_before.view(G, -1, key_kernel) @ neighbours(k, around, 2).flatten(3)
     scores = queries.mT @ keys.view(B, M, -1, T)
     n = before + beside + 1  # a kernel covers future keys on fewer diagonals than these
-    close = neighbours(k, range(0, -n - beside, -1), 2)  # the keys that matter there
+    close = neighbours(k, range(0, -n - beside, -1), 2)  # the latest keys of each query
     close = torch.einsum("bghdt,bgndt->bghnt", q.unflatten(1, (G, -1)), close).flatten(1, 2)
     close = from_diagonals(convolve_diagonals(close, kernel_before, n))
     scores = torch.where(distance < n, close, scores) * D ** -0.5
@@ -240,6 +244,7 @@ def key_query_attention(q, k, v, mixing_before, mixing_after, kernel_before, ker
     n = beside + 1  # weight would come to future keys from fewer diagonals
     parts = values.view(B, M, -1, T) @ weights.masked_fill(distance < n, 0).mT
     parts = parts.unflatten(2, (query_kernel, -1)).unbind(2)  # each (B, M, G D, T)
+    # what the weights of this query and of those before it bring
     y = sum(read_at(part, offset) for part, offset in zip(parts, past))
     reach = n + beside + before
     close = convolve_diagonals(diagonals(weights, n), kernel_after, reach)
@@ -298,7 +303,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, cfg, layer):
         super().__init__()
-        has_kernels = layer % cfg.kq_period == cfg.kq_period // 2
+        has_kernels = layer % cfg.kq_period == cfg.kq_period // 2  # in the middle of a period
         self.input_layernorm = RMSNorm(cfg.n_embd, cfg.norm_eps)
         self.self_attn = Attention(cfg, has_kernels)
         self.post_attention_layernorm = RMSNorm(cfg.n_embd, cfg.norm_eps)
@@ -324,7 +329,8 @@ class Model(nn.Module):
         rope = rope_table(cfg.block_size, cfg.head_dim, cfg.rope_theta)
         self.register_buffer("rope", rope, persistent=False)
         for name, p in self.named_parameters():
-            if name.endswith(("proj.weight", "embed_tokens.weight", "gate_weight")):  # as in GPT-2
+            if name.endswith(("proj.weight", "embed_tokens.weight", "gate_weight")):
+                # GPT-2's rule, or the authors', in which residual projections are no smaller
                 residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 std = cfg.init_std / math.sqrt(2 * cfg.n_layer) if residual else cfg.init_std
                 inputs = cfg.ffn_dim if name.endswith("down_proj.weight") else cfg.n_embd
