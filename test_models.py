@@ -332,11 +332,12 @@ def test_parameters_and_flops(arch, monkeypatch):
 
 def test_published_small_shapes(monkeypatch):
     """The README has a table of command lines and counts; the counts here are those of shared plans and papers."""
-    pattern = r"^\|.*\| `python train_(\w+).py (--n_layer.*?)` \| ([\d,]+) \|"
+    pattern = r"^\|.*\| `python train_(\w+).py (--.*?)` \| ([\d,]+) \|"
     rows = re.findall(pattern, source_of("README.md"), re.M)
     counts = [int(count.replace(",", "")) for _, _, count in rows]
     assert counts == [
-        121_205_248, 124_558_272, 35_763_840, 31_740_416, 4_895_424, 2_682_816, 866_240]
+        121_205_248, 124_558_272, 124_475_904, 123_689_472, 123_682_560, 123_587_328, 204_765_184, 202_668_032,
+        202_658_816, 203_318_272, 35_763_840, 31_740_416, 4_895_424, 2_682_816, 866_240]
     for (arch, options, _), count in zip(rows, counts):
         assert meta_model(arch, options.split(), monkeypatch).num_params()["total"] == count
 
