@@ -13,6 +13,7 @@ new_state(B) -> a state from which hidden(idx, state) continues, and which it up
 """
 import argparse
 import difflib
+import hashlib
 import inspect
 import itertools
 import math
@@ -27,15 +28,16 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from fineweb import (Parser, TokenSequence, explain, fail, missing_shards, open_shards,
-                     write_builtin_text)
+from fineweb import (GPT2_TOKENS, Parser, TokenSequence, explain, fail, missing_shards,
+                     n_tokens, open_shards, token_lengths, vocab_of, write_builtin_text)
 
 BENCH_WARMUP = 5  # steps that --bench does not count: compilation and the first allocations
 # what --tiny changes; each script adds the size of its model
 TINY_TRAINING = dict(
     total_batch_size=1024, batch_size=16, max_steps=400, warmup_steps=20, learning_rate=1e-2,
     optimizer="muon", eval_interval=100, val_tokens=32768, val_full_tokens=0, hella_limit=0,
-    checkpoint_interval=200, sample_interval=400, data_dir="tiny_data", compile=False)
+    checkpoint_interval=200, sample_interval=400, data_dir="tiny_data", compile=False,
+    vocab_size=320)  # 256 bytes, <|endoftext|> and padding
 
 
 # ---- options -------------------------------------------------------------------------------------
@@ -64,6 +66,7 @@ class RunConfig:
     seed: int = 1337  # seed of the initialisation and of text samples
     eval_interval: int = 250  # steps between evaluations (validation loss, HellaSwag); 0: never
     val_tokens: int = 2621440  # tokens to evaluate on, from the start of the validation shard
+    val_bytes: int = 0  # if not 0, evaluate on so many bytes instead: text that vocabularies share
     val_full_tokens: int = 10485760  # the same after the last step, as stream val_full; 0: none
     hella_limit: int = 10042  # number of HellaSwag items to score; 0: none
     checkpoint_interval: int = 1000  # steps between checkpoints; 0: only at the end
@@ -86,8 +89,9 @@ class RunConfig:
     # least <= value < bound; options not listed: whole numbers from 1, other numbers from 0
     limits = {"beta1": (0, 1), "beta2": (0, 1), "seed": (0, 2**63), "n_embd": (1, 2**20),
               "n_head": (1, 2**20)} | dict.fromkeys(
-        ("max_steps", "warmup_steps", "eval_interval", "val_full_tokens", "hella_limit",
-         "checkpoint_interval", "keep_checkpoints", "sample_interval", "bench"), (0, 2**40))
+        ("max_steps", "warmup_steps", "eval_interval", "val_bytes", "val_full_tokens",
+         "hella_limit", "checkpoint_interval", "keep_checkpoints", "sample_interval", "bench"),
+        (0, 2**40))
 
     @classmethod
     def option_groups(cls):
@@ -134,6 +138,11 @@ def make_parser(Config):
     return parser
 
 
+def padded(n_tokens):
+    """Return the size of an embedding for so many tokens: a multiple of 64, for speed."""
+    return math.ceil(n_tokens / 64) * 64
+
+
 def nearest_divisor(n, goal):
     """Return the divisor of n that is nearest to goal; if two are equally near, the larger."""
     return min((d for d in range(n, 0, -1) if n % d == 0), key=lambda d: abs(d - goal))
@@ -176,6 +185,9 @@ def parse_args(Config, tiny):
     if given.get("tiny"):
         defaults |= {**TINY_TRAINING, **tiny}
         torch.set_num_threads(1)  # more threads gain nothing, and lose much on busy cores
+    data_dir = given.get("data_dir", defaults["data_dir"])
+    if data_dir != TINY_TRAINING["data_dir"]:  # that is yet to be written
+        defaults["vocab_size"] = padded(n_tokens(vocab_of(data_dir)))
     numbers = {name: getattr(mode, name) for name in ("bench", "max_new_tokens", "temperature")}
     for name, value in {**given, **numbers}.items():
         default_limits = (0, math.inf) if isinstance(value, float) else (1, 2**40)
@@ -314,19 +326,22 @@ class ShardLoader:
     when the run was resumed. After its last token the sequence starts again. Rows are cut without
     regard to documents, as for GPT-3 (its paper, appendix B): attention crosses their borders."""
 
-    def __init__(self, cfg, split, world, synthetic=False):
-        """split: "train" or "val". synthetic: take random tokens instead of shards, for --bench."""
+    def __init__(self, cfg, split, world, tokenizer=None, synthetic=False):
+        """split: "train" or "val". tokenizer: which says how many bytes a token has, or None.
+        synthetic: take random tokens instead of shards, for --bench."""
         self.B, self.T = cfg.batch_size, cfg.block_size
         self.total_batch_size = cfg.total_batch_size
         self.world = world
         if synthetic:
             rng = np.random.default_rng(0)
-            shard = rng.integers(0, min(50257, cfg.vocab_size), 2**20, np.uint16)
+            shard = rng.integers(0, min(GPT2_TOKENS, cfg.vocab_size), 2**20, np.uint16)
             self.tokens = TokenSequence(["random tokens"], [shard], cfg.vocab_size)
         else:
             if cfg.tiny and cfg.data_dir == TINY_TRAINING["data_dir"]:
                 world.local_first(lambda: write_builtin_text(cfg.data_dir))
-            self.tokens = open_shards(cfg.data_dir, split, cfg.vocab_size)
+            vocab = vocab_of(cfg.data_dir)
+            known = n_tokens(vocab) if vocab else cfg.vocab_size
+            self.tokens = open_shards(cfg.data_dir, split, known)
         if len(self.tokens) <= self.T:
             fail(f"the {split} shards in {cfg.data_dir} hold {len(self.tokens)} tokens: a row of "
                  f"--block_size={self.T} and its last target need more")
@@ -335,6 +350,28 @@ class ShardLoader:
                 fail(f"--{name}={getattr(cfg, name)} is less than a row of --block_size={self.T}")
         if world.rank == 0 and not synthetic:
             self.warn(cfg, split)
+        if split == "val" and not synthetic:
+            self.measure(cfg, tokenizer)
+
+    def measure(self, cfg, tokenizer):
+        """Set val_tokens, how many targets to evaluate on; token_bytes, how many bytes of text each
+        token of the embedding stands for, int64 (vocab_size,); and what run.json says of both."""
+        token_bytes = np.zeros(cfg.vocab_size, np.int64)
+        self.val_tokens, self.val_text, self.bytes_per_token = cfg.val_tokens, None, None
+        if tokenizer:
+            token_bytes[:tokenizer.n_vocab] = token_lengths(tokenizer)
+        elif cfg.val_bytes:
+            fail(f"--val_bytes={cfg.val_bytes} needs a known vocabulary, to count bytes")
+        if cfg.val_bytes:  # a document has a token more than bytes at most, <|endoftext|>
+            ids = self.tokens.read(0, min(2 * cfg.val_bytes, len(self.tokens)))
+            ends = token_bytes[ids].cumsum()
+            self.val_tokens = int(np.searchsorted(ends, cfg.val_bytes))
+            text = tokenizer.decode_bytes(ids[ids != tokenizer.eot_token].tolist())[:cfg.val_bytes]
+            self.val_text = {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
+        if tokenizer:
+            ids = self.tokens.read(0, min(self.val_tokens, len(self.tokens)))
+            self.bytes_per_token = round(token_bytes[ids].mean(), 4)
+        self.token_bytes = torch.from_numpy(token_bytes).to(self.world.device)
 
     def warn(self, cfg, split):
         """Say what about the data one may not expect."""
@@ -342,55 +379,80 @@ class ShardLoader:
         if split == "train" and n // cfg.total_batch_size < cfg.max_steps:
             steps = n // cfg.total_batch_size
             print(f"{cfg.data_dir} has {n:,} tokens: they repeat after step {steps}")
-        if split == "val" and n < max(cfg.val_tokens, cfg.val_full_tokens):
+        if split == "val" and n < max(0 if cfg.val_bytes else cfg.val_tokens, cfg.val_full_tokens):
             print(f"{cfg.data_dir} has {n:,} validation tokens, fewer than asked for")
         if gaps := missing_shards(self.tokens.paths):
             print(f"{cfg.data_dir} lacks {split} shard {gaps}: a run with it sees other data in "
                   "the same steps", file=sys.stderr)
 
-    def load(self, start, rows):
-        """Read rows of tokens and the last target, in a thread; int16, as torch lacks uint16."""
-        tokens = torch.from_numpy(self.tokens.read(start, rows * self.T + 1).view(np.int16))
+    def load(self, start, n):
+        """Read n tokens and the last target, in a thread; int16, as torch lacks uint16."""
+        tokens = torch.from_numpy(self.tokens.read(start, n + 1).view(np.int16))
         if self.world.device.type != "cuda":
             return tokens
         torch.cuda.set_device(self.world.device)  # else the thread would use GPU 0
         return tokens.pin_memory()
 
-    def batch(self, loading, rows):
-        """Return x and y, int64 (B, T) on the device, and `rows`; the rows after these are padding
-        with targets of -1. loading: the future of self.load."""
+    def batch(self, loading):
+        """Return x and y, int64 (B, T) on the device. What is missing in the last batch of an
+        evaluation is padding with targets of -1. loading: the future of self.load."""
         # the transfer takes 2 bytes per token; & 0xFFFF makes the uint16 again that it was
         tokens = loading.result().to(self.world.device, non_blocking=True).long() & 0xFFFF
-        padding = (0, (self.B - rows) * self.T)
+        padding = (0, self.B * self.T - (len(tokens) - 1))
         x, y = F.pad(tokens[:-1], padding), F.pad(tokens[1:], padding, value=-1)
-        return x.view(self.B, self.T), y.view(self.B, self.T), rows
+        return x.view(self.B, self.T), y.view(self.B, self.T)
 
     def batches(self, places):
-        """Yield a batch for each (start, rows) of places. A thread reads the next one meanwhile."""
+        """Yield a batch for each (start, n) of places. A thread reads the next one meanwhile."""
         with ThreadPoolExecutor(1) as pool:
             ahead = None
-            for start, rows in places:
-                current, ahead = ahead, (pool.submit(self.load, start, rows), rows)
+            for start, n in places:
+                current, ahead = ahead, pool.submit(self.load, start, n)
                 if current:
-                    yield self.batch(*current)
+                    yield self.batch(current)
             if ahead:
-                yield self.batch(*ahead)
+                yield self.batch(ahead)
 
     def train_batches(self, start_step, micro_steps):
         """Yield this rank's micro-batches without end, from the first of start_step on."""
         tokens, rank, size = self.B * self.T, self.world.rank, self.world.size
         return self.batches(
-            (step * self.total_batch_size + (micro_step * size + rank) * tokens, self.B)
+            (step * self.total_batch_size + (micro_step * size + rank) * tokens, tokens)
             for step in itertools.count(start_step) for micro_step in range(micro_steps))
 
     def val_batches(self, n_tokens):
-        """Yield this rank's batches of the first n_tokens (the same tokens whatever the batch
-        size), and the fraction of all their rows that is in the batch, the weight of its loss."""
-        n_rows = min(n_tokens, len(self.tokens) - 1) // self.T
-        starts = range(self.world.rank * self.B, n_rows, self.world.size * self.B)
-        places = ((row * self.T, min(self.B, n_rows - row)) for row in starts)
-        for x, y, rows in self.batches(places):
-            yield x, y, rows / n_rows
+        """Yield this rank's batches of the first n_tokens, the same tokens whatever the batch size.
+        """
+        size = self.B * self.T
+        n = min(n_tokens, len(self.tokens) - 1)
+        starts = range(self.world.rank * size, n, self.world.size * size)
+        return self.batches((start, min(size, n - start)) for start in starts)
+
+
+# ---- evaluation ----------------------------------------------------------------------------------
+
+def token_losses(model, hidden, targets):
+    """Return the cross-entropy of each target in nats, 0 where the target is -1.
+    hidden: (N, C), what model.hidden returns. targets: int64 (N,). Returns float32 (N,)."""
+    # the logits of 128 targets, 26 MB in fp32, fit a CPU's cache
+    chunk = 128 if hidden.device.type == "cpu" else 8192
+    return torch.cat([
+        F.cross_entropy(model.lm_head(h).float(), t, ignore_index=-1, reduction="none")
+        for h, t in zip(hidden.split(chunk), targets.split(chunk))])
+
+
+def loss_sums(model, x, y, token_bytes):
+    """Return float32 (4,): nats and number of all targets, then nats and bytes of those that are
+    text: <|endoftext|> stands for 0 bytes. x, y: a batch of ShardLoader. token_bytes: as there.
+
+    Their quotients are the loss in nats per token, and the nats per byte of text, which compare
+    between vocabularies; nats / ln 2 are bits (Gao et al. 2020, "The Pile", section 3.1)."""
+    targets = y.flatten()
+    losses = token_losses(model, model.hidden(x).flatten(0, 1), targets)
+    counts = targets >= 0
+    lengths = token_bytes[targets.clamp(min=0)] * counts
+    return torch.stack([losses.sum(), counts.sum(), (losses * (lengths > 0)).sum(),
+                        lengths.sum()])
 
 
 # ---- optimisation --------------------------------------------------------------------------------

@@ -105,6 +105,9 @@ def shards(folder, n_train=30000, n_val=5000, vocab=256, parts=3, seed=0):
     train = rng.integers(0, vocab, n_train, np.uint16)
     val = rng.integers(0, vocab, n_val, np.uint16)
     os.makedirs(folder, exist_ok=True)
+    if vocab == 256:
+        with open(f"{folder}/vocab.tiktoken", "w") as f:
+            f.write(fineweb.vocab_text(fineweb.BYTES))
     fineweb.write_shard(f"{folder}/x_val_000000.bin", val)
     cuts = [0, *sorted(rng.integers(1, n_train, parts - 1).tolist()), n_train]
     for i, (begin, end) in enumerate(zip(cuts, cuts[1:]), 1):
@@ -222,7 +225,7 @@ def folder(tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def gpt2_bpe():
     """Return GPT-2's BPE of tiktoken; without it the test is skipped."""
-    tokenizer = fineweb.get_tokenizer(50304)
+    tokenizer = fineweb.get_tokenizer("", 50304)
     return tokenizer or pytest.skip("GPT-2's BPE is neither in TIKTOKEN_CACHE_DIR nor to be downloaded")
 
 

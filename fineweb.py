@@ -1,5 +1,5 @@
 """
-Turn text into shards of GPT-2 tokens. Run this once, before training.
+Turn text into shards of tokens, GPT-2's or your own. Run this once, before training.
 
     python fineweb.py                  # FineWeb sample-10BT to fineweb10B/: 10.3B tokens, 21 GB
     python fineweb.py --max_tokens 300000000  # a sample; downloads only the text that it needs
@@ -8,21 +8,29 @@ Turn text into shards of GPT-2 tokens. Run this once, before training.
     python fineweb.py --dataset manu/project_gutenberg --split en --data_dir gutenberg
     python fineweb.py --files heldout.txt books/ --val_tokens 1000000 --data_dir mine
     python fineweb.py --files 'books/*.txt' wiki.jsonl.xz --val_tokens 1000000 --data_dir mine
+    python fineweb.py --files books/ --vocab_size 8192 --val_tokens 1000000 --data_dir mine8k
+    python fineweb.py --files more/ --vocab mine8k/vocab.tiktoken --data_dir more8k
     python fineweb.py --check          # look for damaged and missing shards
 
 The program may be killed at any moment. Started again with the same options, it resumes after the
 last finished shard. The bytes of the shards do not depend on interruptions or on --num_proc. Only
 one process at a time may write to a folder.
 
-The documents form one sequence of tokens: <|endoftext|> (50256) stands in front of each document,
-and blank documents are left out. The first val_tokens tokens become fineweb_val_000000.bin. The
-rest becomes fineweb_train_000001.bin, fineweb_train_000002.bin, ... of shard_size tokens each; a
-document may begin in one shard and end in the next. A shard has llm.c's format: a header of 256
-int32 (20240520, 1, number of tokens, zeros), then the tokens as uint16.
+With --vocab_size, the first --vocab_mb megabytes of the text are read beforehand to train a
+vocabulary of that many tokens (257: none but bytes), which needs the package tokenizers. It is
+written to vocab.tiktoken, from which the training scripts know what the tokens mean.
+
+The documents form one sequence of tokens: <|endoftext|> (the last token; GPT-2's is 50256) stands
+in front of each document, and blank documents are left out. The first val_tokens tokens become
+fineweb_val_000000.bin. The rest becomes fineweb_train_000001.bin, fineweb_train_000002.bin, ... of
+shard_size tokens each; a document may begin in one shard and end in the next. A shard has llm.c's
+format: a header of 256 int32 (20240520, 1, number of tokens, zeros), then the tokens as uint16.
 """
 import argparse
+import base64
 import glob
 import gzip
+import hashlib
 import io
 import itertools
 import json
@@ -42,7 +50,6 @@ from contextlib import closing, contextmanager, suppress
 
 import numpy as np  # other packages are imported where used: each worker imports this file again
 
-EOT = 50256  # <|endoftext|>, the largest token id of GPT-2
 MAGIC, VERSION = 20240520, 1  # the first two numbers of a shard
 HEADER_BYTES = 256 * 4
 
@@ -199,8 +206,8 @@ class TokenSequence:
             start_of_shard = int(self.ends[i]) - len(self.shards[i])
             piece = self.shards[i][position - start_of_shard:][:n - filled]
             if piece.max() >= self.vocab_size:
-                fail(f"{self.paths[i]} holds token {piece.max()}, beyond "
-                     f"--vocab_size={self.vocab_size}")
+                fail(f"{self.paths[i]} holds token {piece.max()}, but the vocabulary has only "
+                     f"{self.vocab_size}: see --vocab_size and {VOCAB_FILE}")
             tokens[filled:filled + len(piece)] = piece
             filled += len(piece)
         return tokens
@@ -261,6 +268,8 @@ def check(data_dir):
     paths = sorted(glob.glob(os.path.join(glob.escape(data_dir), "*.bin")), key=name_order)
     if not paths:
         fail(f"no shards (*.bin) in {data_dir}; give their folder with --data_dir")
+    vocab = vocab_of(data_dir)
+    eot = n_tokens(vocab) - 1  # <|endoftext|>
     names = {path: os.path.basename(path) for path in paths}
     paths.sort(key=lambda path: splits_of(path) != ["val"])  # validation first: False comes first
     format_row = "{:<28}{:>13}{:>11}{:>12}  {:<17}{}".format
@@ -273,12 +282,12 @@ def check(data_dir):
             tokens = open_shard(path)
             count, largest = len(tokens), int(tokens.max())
             blocks = np.array_split(tokens, 64)  # one after the other, to save memory
-            documents = sum(np.count_nonzero(block == EOT) for block in blocks)
-            start = "a document" if tokens[0] == EOT else "a remainder"
-            if largest > EOT:
-                verdict = f"BAD: the token ids of GPT-2 end at {EOT}"
-            elif splits_of(path) == ["val"] and path == paths[0] and tokens[0] != EOT:
-                verdict = f"BAD: its first token is not {EOT}"  # later shards may continue one
+            documents = sum(np.count_nonzero(block == eot) for block in blocks)
+            start = "a document" if tokens[0] == eot else "a remainder"
+            if largest > eot:
+                verdict = f"BAD: the token ids of the vocabulary end at {eot}"
+            elif splits_of(path) == ["val"] and path == paths[0] and tokens[0] != eot:
+                verdict = f"BAD: its first token is not {eot}"  # later shards may continue one
             elif len(splits_of(path)) != 1:
                 verdict = "BAD: its name must hold train or val, and not both"
         except (OSError, ValueError) as e:
@@ -514,45 +523,126 @@ class Hub:
 
 
 # ---- vocabularies --------------------------------------------------------------------------------
+# A folder of shards with vocab.tiktoken has that vocabulary, any other folder GPT-2's. The file has
+# tiktoken's format: one token a line, its bytes in base64 and its id. <|endoftext|> is not in the
+# file; its id follows the last. In the code `vocab` is the text of the file, "" for GPT-2's.
 
-class Bytes:
-    """The tokenizer of a vocabulary of 256: a token is a byte."""
-    n_vocab = 256
-    eot_token = 0
+VOCAB_FILE = "vocab.tiktoken"
+GPT2_TOKENS = 50257
+# how bytes are spelled in tokenizer.json: each as a character that can be printed (openai/gpt-2,
+# bytes_to_unicode in src/encoder.py)
+VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+HIDDEN = [byte for byte in range(256) if byte not in VISIBLE]
+SPELLING = ({byte: chr(byte) for byte in VISIBLE}
+            | {byte: chr(256 + i) for i, byte in enumerate(HIDDEN)})
+BYTES = [bytes([byte]) for byte in range(256)]  # the first tokens of a vocabulary that we train
 
-    def encode_ordinary(self, text):
-        return list(text.encode(errors="replace"))
 
-    def decode(self, ids):
-        return bytes(ids).decode(errors="replace")
+def vocab_text(tokens):
+    """Return tokens, a list of bytes in the order of their ids, as the text of vocab.tiktoken."""
+    return "".join(f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(tokens))
 
 
-def get_tokenizer(vocab_size):
-    """Return Bytes for a vocabulary of 256, GPT-2's BPE for 50,257 tokens or more. For any other
-    size, or if the BPE is neither in tiktoken's cache nor to be downloaded, say why and return
-    None."""
-    if vocab_size == 256:
-        return Bytes()
-    if vocab_size < 50257:
-        reason = (f"--vocab_size={vocab_size} is neither that of bytes, 256, nor GPT-2's, 50257 or "
-                  "more, and no other vocabulary is known")
-    else:
-        import tiktoken
+def ranks_of(vocab):
+    """Return the tokens of a vocabulary as {bytes: id}. vocab: the text of vocab.tiktoken.
+    Raise ValueError, with the line, if it is no whole vocabulary."""
+    ranks = {}
+    for number, line in enumerate(vocab.splitlines()):
+        token, _, rank = line.partition(" ")
+        try:
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except ValueError:
+            raise ValueError(f"line {number + 1} is not a token in base64 and its id") from None
+        if int(rank) != number or len(ranks) != number + 1:
+            raise ValueError(f"line {number + 1} must have the id {number} and a new token")
+    if missing := [token for token in BYTES if token not in ranks]:
+        raise ValueError(f"{len(missing)} of the 256 bytes are no tokens of it")
+    if len(ranks) >= 2**16:
+        raise ValueError(f"{len(ranks)} tokens and <|endoftext|> do not fit the 16 bits of shards")
+    return ranks
+
+
+def read_vocab(path):
+    """Return the vocabulary in a file. End the program if it is none."""
+    with explain(f"{path} is no vocabulary", OSError, ValueError):
+        with open(path, encoding="ascii") as file:
+            vocab = file.read()
+        ranks_of(vocab)
+    return vocab
+
+
+def vocab_of(data_dir):
+    """Return the vocabulary of a folder of shards. End the program if it is not the one with which
+    fineweb.py made the shards."""
+    path = os.path.join(data_dir, VOCAB_FILE)
+    vocab = read_vocab(path) if os.path.exists(path) else ""
+    progress_path = os.path.join(data_dir, "progress.json")
+    if os.path.exists(progress_path):
+        with explain(f"{progress_path} is damaged", ValueError), open(progress_path) as file:
+            progress = json.load(file)
+        if isinstance(progress, dict) and progress.get("vocab", "") != digest(vocab):
+            fail(f"{path} is missing, or is not the vocabulary of the shards beside it: restore it")
+    return vocab
+
+
+def digest(vocab):
+    """Return the SHA-256 of a vocabulary, which names it; "" for GPT-2's."""
+    return hashlib.sha256(vocab.encode()).hexdigest() if vocab else ""
+
+
+def n_tokens(vocab):
+    """Return the number of tokens of a vocabulary, with <|endoftext|>, which is the last."""
+    return vocab.count("\n") + 1 if vocab else GPT2_TOKENS
+
+
+def get_tokenizer(vocab, vocab_size):
+    """Return the tokenizer of a vocabulary, a tiktoken.Encoding, for a model of vocab_size tokens.
+    If there is none, say why and return None: GPT-2's needs a model of 50,257 tokens or more, and
+    tiktoken must find it in its cache or download it. End if the model has too few tokens."""
+    import tiktoken
+    from tiktoken_ext.openai_public import r50k_pat_str  # how GPT-2 cuts text into words
+    if vocab:
+        if vocab_size < n_tokens(vocab):
+            fail(f"--vocab_size={vocab_size} is less than the {n_tokens(vocab)} tokens of the data "
+                 f"folder's {VOCAB_FILE}: leave the option out")
+        return tiktoken.Encoding(VOCAB_FILE, pat_str=r50k_pat_str, mergeable_ranks=ranks_of(vocab),
+                                 special_tokens={"<|endoftext|>": n_tokens(vocab) - 1})
+    reason = (f"--vocab_size={vocab_size} is less than GPT-2's 50257, and the data folder has no "
+              f"{VOCAB_FILE} that names its tokens")
+    if vocab_size >= GPT2_TOKENS:
         try:
             return tiktoken.get_encoding("gpt2")
         except OSError as e:
             reason = (f"GPT-2's BPE cannot be downloaded ({type(e).__name__}); set "
                       "TIKTOKEN_CACHE_DIR to a folder into which tiktoken has downloaded it before")
     if os.environ.get("RANK", "0") == "0":  # torchrun's processes would all say the same
-        print(f"no tokenizer, so no samples and no HellaSwag: {reason}", file=sys.stderr)
+        print("no tokenizer, so no samples, no HellaSwag and no bits per byte: " + reason,
+              file=sys.stderr)
     return None
 
 
-def end_of_text(vocab_size):
-    """Return the token that get_tokenizer's tokenizer has as eot_token; None if it is unknown."""
-    if vocab_size == 256:
-        return Bytes.eot_token
-    return EOT if vocab_size > EOT else None
+def token_lengths(tokenizer):
+    """Return how many bytes of text each token stands for, int64 (n_vocab,); <|endoftext|> for 0.
+    """
+    tokens = (tokenizer.decode_single_token_bytes(i) for i in range(tokenizer.n_vocab - 1))
+    return np.array([len(token) for token in tokens] + [0])
+
+
+def train_vocab(texts, vocab_size):
+    """Return a vocabulary of vocab_size tokens, or fewer if the texts have not as many. They are
+    GPT-2's kind of tokens: pairs of tokens that follow each other in a word become a token, the
+    most frequent pair first (Sennrich et al., arXiv 1508.07909), and bytes are the first tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # GPT-2's words
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet))
+    byte_of = {character: byte for byte, character in SPELLING.items()}
+    found = bpe.get_vocab()  # {token as it is spelled: its id}
+    tokens = [bytes(byte_of[character] for character in token)
+              for token in sorted(found, key=found.get)]
+    return vocab_text(BYTES + [token for token in tokens if len(token) > 1])
 
 
 def merges_of(ranks):
@@ -572,52 +662,41 @@ def merges_of(ranks):
     return merges
 
 
-def save_tokenizer(folder, vocab_size, block_size):
+def save_tokenizer(folder, tokenizer, block_size):
     """Write tokenizer.json and tokenizer_config.json, from which transformers makes a tokenizer
-    with the ids of get_tokenizer's. Return whether there is one."""
+    with the ids of ours, a tiktoken.Encoding."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    tokenizer = get_tokenizer(vocab_size)
-    if tokenizer is None:
-        return False
-    is_bytes = isinstance(tokenizer, Bytes)
-    # the file spells a byte as a character that can be printed: GPT-2's 256, in the order of bytes
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in visible]
-    spelling = {byte: chr(byte) for byte in visible}
-    spelling |= {byte: chr(256 + i) for i, byte in enumerate(hidden)}
 
     def spell(token):
-        return "".join(spelling[byte] for byte in token)
+        return "".join(SPELLING[byte] for byte in token)
 
-    ranks = {bytes([i]): i for i in range(256)} if is_bytes else tokenizer._mergeable_ranks
+    ranks = tokenizer._mergeable_ranks
     vocab = {spell(token): rank for token, rank in ranks.items()}
-    # llama.cpp's converter recognises GPT-2's vocabulary by this name
-    config = {"tokenizer_class": "PreTrainedTokenizerFast" if is_bytes else "GPT2Tokenizer",
-              "model_max_length": block_size,
-              "model_input_names": ["input_ids", "attention_mask"],
-              "clean_up_tokenization_spaces": False}
     merges = [(spell(a), spell(b)) for a, b in merges_of(ranks)]
     saved = Tokenizer(models.BPE(vocab, merges))
     # the text is split into words by GPT-2's pattern before bytes are merged
     saved.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     saved.decoder = decoders.ByteLevel()
-    if not is_bytes:  # among bytes, byte 0 ends a text and needs no special token
-        saved.add_special_tokens([AddedToken("<|endoftext|>", normalized=False)])
-        config |= dict.fromkeys(["bos_token", "eos_token"], "<|endoftext|>")
+    saved.add_special_tokens([AddedToken("<|endoftext|>", normalized=False)])
     saved.save(os.path.join(folder, "tokenizer.json"))
+    # llama.cpp's converter recognises GPT-2's vocabulary by this name
+    is_gpt2 = tokenizer.name == "gpt2"
+    config = {"tokenizer_class": "GPT2Tokenizer" if is_gpt2 else "PreTrainedTokenizerFast",
+              "bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>",
+              "model_max_length": block_size,
+              "model_input_names": ["input_ids", "attention_mask"],
+              "clean_up_tokenization_spaces": False}
     with open(os.path.join(folder, "tokenizer_config.json"), "w") as file:
         json.dump(config, file, indent=1)
-    return True
 
 
 # ---- tokens --------------------------------------------------------------------------------------
 # Worker processes tokenize lists of documents. The parent process keeps the lists in order.
 
-def start_worker():
+def start_worker(vocab):
     """Load the tokenizer in a new worker, and make the worker end when the parent ends."""
-    import tiktoken
     global encoding
-    encoding = tiktoken.get_encoding("gpt2")
+    encoding = get_tokenizer(vocab, n_tokens(vocab))
     parent = multiprocessing.parent_process()
 
     def exit_after_parent():  # a parent killed by SIGKILL cannot stop its workers
@@ -650,14 +729,14 @@ class BadDocument(Exception):
 
 def tokenize(texts):
     """Return the tokens of all documents (uint16), and a list of the number of tokens of each.
-    Each document counts with the EOT before it; a blank document has 0 tokens."""
+    Each document counts with the <|endoftext|> before it; a blank document has 0 tokens."""
     parts = [np.zeros(0, np.uint16)]  # np.concatenate needs at least one array
     lengths = []
     for index, text in enumerate(texts):
         if not text or text.isspace():
             lengths.append(0)
             continue
-        parts.append([EOT])
+        parts.append([encoding.eot_token])
         lengths.append(1)
         try:
             for piece in pieces_of(text):
@@ -685,11 +764,11 @@ def batches(texts):
     yield batch
 
 
-def tokenized(source, start, num_proc):
+def tokenized(source, start, vocab, num_proc):
     """Yield (tokens, lengths, fraction) for each batch of source.read(start), in order. The first
     two come from tokenize; fraction is source.fraction after the batch was read."""
     pool = ProcessPoolExecutor(num_proc, multiprocessing.get_context("spawn"),
-                               initializer=start_worker)
+                               initializer=start_worker, initargs=(vocab,))
     # workers inherit that SIGINT is ignored: Ctrl-C reaches all processes, only the parent reacts
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     for _ in range(num_proc):
@@ -763,14 +842,15 @@ class TokenReader:
 
 @contextmanager
 def writing_shards(data_dir):
-    """Create and lock the folder of the shards. Remove it again if this try made it but no shard,
-    unless there are files in it from which a download resumes."""
+    """Create and lock the folder of the shards. Remove it again if this try made it but no shard
+    and no vocabulary, unless there are files in it from which a download resumes."""
     existed = os.path.isdir(data_dir)
     with lock_folder(data_dir, "--data_dir"):
         try:
             yield
         finally:
-            if not existed and not glob.glob(os.path.join(glob.escape(data_dir), "*.bin")):
+            made = os.listdir(data_dir)
+            if not existed and not any(name.endswith((".bin", VOCAB_FILE)) for name in made):
                 for name in ".lock", "progress.json":
                     with suppress(FileNotFoundError):
                         os.unlink(os.path.join(data_dir, name))
@@ -788,15 +868,16 @@ def load_progress(data_dir, options):
     """Return what is done in the folder and where the next shard starts. End the program rather
     than overwrite shards that were made with other options."""
     path = os.path.join(data_dir, "progress.json")
-    fresh = {"options": options, "shard": 0, "document": 0, "token": 0, "tokens": 0, "counts": [],
-             "finished": False}
+    fresh = {"options": options, "vocab": "", "shard": 0, "document": 0, "token": 0, "tokens": 0,
+             "counts": [], "finished": False}
     if not os.path.exists(path):
-        if glob.glob(os.path.join(glob.escape(data_dir), "*.bin")):
-            fail(f"{data_dir} has shards but no progress.json; use another --data_dir")
+        for name in "*.bin", VOCAB_FILE:
+            if glob.glob(os.path.join(glob.escape(data_dir), name)):
+                fail(f"{data_dir} has {name} but no progress.json; use another --data_dir")
         return fresh
     try:
         with open(path) as f:
-            progress = json.load(f)
+            progress = {"vocab": ""} | json.load(f)  # before own vocabularies it had no "vocab"
         if any(type(progress[key]) is not type(value) for key, value in fresh.items()):
             raise TypeError
         numbers = [progress["shard"], progress["document"], progress["token"], progress["tokens"]]
@@ -810,7 +891,8 @@ def load_progress(data_dir, options):
             return fresh
         old = " ".join(f"--{name} {str(value)[:60]}" for name, value in old_options.items()
                        if value != options.get(name))
-        fail(f"{data_dir} was begun with {old}; use the same options, or another --data_dir")
+        fail(f"{data_dir} was begun with {old or 'GPT-2 tokens'}; use the same options, or another "
+             "--data_dir")
     for i in range(shards):
         try:
             open_shard(shard_path(data_dir, i))
@@ -830,32 +912,77 @@ def show_progress(pieces, bar, reader, limit):
         bar.update(len(piece))
 
 
-def make_shards(data_dir, source, shard_size, val_tokens, max_tokens, num_proc):
-    """Make the shards, or resume making them. max_tokens=None means no limit."""
+def first_megabytes(source, megabytes):
+    """Yield the documents of a source, and show progress, until they have so many megabytes."""
+    from tqdm import tqdm
+    total = megabytes * 10**6
+    with tqdm(total=total, desc="reading text", unit="B", unit_scale=True) as bar:
+        for text in source.read(0):
+            data = (text or "").encode(errors="replace")  # a lone surrogate becomes "?"
+            bar.update(len(data))
+            yield data.decode()
+            if bar.n >= total:
+                break
+
+
+def make_vocab(data_dir, source, progress, args):
+    """Return the vocabulary that the options ask for. Write vocab.tiktoken, if it is not GPT-2's
+    and not there from an earlier start, and its name into progress."""
+    path = os.path.join(data_dir, VOCAB_FILE)
+    if progress["vocab"] or progress["shard"]:
+        return vocab_of(data_dir)
+    if args.vocab_size == len(BYTES) + 1:
+        vocab = vocab_text(BYTES)
+    elif args.vocab_size:
+        vocab = train_vocab(first_megabytes(source, args.vocab_mb), args.vocab_size)
+        print(f"{path}: {n_tokens(vocab):,} tokens, trained on the first {args.vocab_mb} MB"
+              + ("; the text has no more" if n_tokens(vocab) < args.vocab_size else ""))
+    else:
+        vocab = read_vocab(args.vocab) if args.vocab else ""
+    if vocab:
+        with replacing(path) as file:
+            file.write(vocab.encode())
+        progress["vocab"] = digest(vocab)
+        save_progress(data_dir, progress)
+    else:
+        with suppress(FileNotFoundError):
+            os.unlink(path)  # an earlier start with other options left it
+    return vocab
+
+
+def make_shards(data_dir, source, args):
+    """Make the shards, or resume making them. args: see parse_args."""
     import tiktoken
     from tqdm import tqdm
-    options = {**source.id, "shard_size": shard_size, "val_tokens": val_tokens,
+    max_tokens = args.max_tokens
+    options = {**source.id, "shard_size": args.shard_size, "val_tokens": args.val_tokens,
                "max_tokens": max_tokens}
+    if args.vocab_size:
+        options |= {"vocab_size": args.vocab_size, "vocab_mb": args.vocab_mb}
+    if args.vocab:
+        options["vocab"] = digest(read_vocab(args.vocab))
     progress = load_progress(data_dir, options)
     shard, done = progress["shard"], progress["tokens"]
     if progress["finished"]:
         print(f"{data_dir}: finished before, {done:,} tokens in {shard} shards; nothing to do")
         return
-    try:
-        tiktoken.get_encoding("gpt2")  # download it to the cache, from which the workers load it
-    except Exception as e:
-        fail(f"cannot load GPT-2's vocabulary ({describe(e)}); "
-             "connect to the network once, or set TIKTOKEN_CACHE_DIR to a copy")
     source.counts = progress["counts"]  # the same list, so what the source appends is saved
     save_progress(data_dir, progress)
+    vocab = make_vocab(data_dir, source, progress, args)
+    if not vocab:
+        try:
+            tiktoken.get_encoding("gpt2")  # download it to the cache, where the workers find it
+        except Exception as e:
+            fail(f"cannot load GPT-2's vocabulary ({describe(e)}); "
+                 "connect to the network once, or set TIKTOKEN_CACHE_DIR to a copy")
     limit = max_tokens or sys.maxsize
-    results = tokenized(source, progress["document"], num_proc)
+    results = tokenized(source, progress["document"], vocab, args.num_proc)
     reader = TokenReader(results, progress["document"], progress["token"])
     with closing(results), tqdm(initial=done, total=max_tokens, unit="tok", unit_scale=True) as bar:
         unfinished = shard == 0 or reader.has_next()
         while unfinished:
             path = shard_path(data_dir, shard)
-            size = val_tokens if shard == 0 else shard_size
+            size = args.val_tokens if shard == 0 else args.shard_size
             pieces = reader.take(min(size, limit - done))
             done += write_shard(path, show_progress(pieces, bar, reader, limit))
             unfinished = done < limit and reader.has_next()
@@ -896,8 +1023,9 @@ def fetch_shards(data_dir, repo, max_tokens):
     """Download published shards, validation first, until there are max_tokens (None: all). Shards
     that are in the folder already are kept if they are whole."""
     from huggingface_hub import hf_hub_download
-    if os.path.exists(os.path.join(data_dir, "progress.json")):
-        fail(f"{data_dir} holds shards made here (progress.json); use another --data_dir")
+    for name in "progress.json", VOCAB_FILE:
+        if os.path.exists(os.path.join(data_dir, name)):
+            fail(f"{data_dir} holds shards made here ({name}); use another --data_dir")
     total = 0
     begun = set()  # splits of which there is a shard: each gets one, whatever max_tokens is
     try:
@@ -926,16 +1054,19 @@ def fetch_shards(data_dir, repo, max_tokens):
 
 def write_builtin_text(folder):
     """Write shards of the Python reference manual, which every Python contains, unless they exist.
-    Each byte of the text is a token, and a byte 0 stands in front of each document."""
+    The vocabulary is that of bytes."""
     from pydoc_data.topics import topics
-    text = "".join("\0" + document for document in topics.values())
-    tokens = np.frombuffer(text.encode(), np.uint8)
+    path = os.path.join(folder, VOCAB_FILE)
+    if os.path.exists(path):  # it is written last
+        return
+    tokens = []
+    for document in topics.values():
+        tokens += [len(BYTES), *document.encode()]  # <|endoftext|> is the first token after them
     n_val = len(tokens) // 10
-    parts = {"tiny_val_000000.bin": tokens[:n_val], "tiny_train_000001.bin": tokens[n_val:]}
-    os.makedirs(folder, exist_ok=True)
-    for name, part in parts.items():
-        if not os.path.exists(os.path.join(folder, name)):
-            write_shard(os.path.join(folder, name), part)
+    write_shard(os.path.join(folder, "tiny_val_000000.bin"), tokens[:n_val])
+    write_shard(os.path.join(folder, "tiny_train_000001.bin"), tokens[n_val:])
+    with replacing(path) as file:
+        file.write(vocab_text(BYTES).encode())
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -964,6 +1095,11 @@ def parse_args():
         "and below it; the files of one pattern or folder are read in sorted order")
     add("--pretokenized", action="store_true", help="download shards that others have published")
     add("--check", action="store_true", help="check the shards in data_dir and print a table")
+    add("--vocab_size", type=positive, metavar="N", help="train a vocabulary of N tokens on the "
+        "first --vocab_mb megabytes (default: GPT-2's 50257 tokens)")
+    add("--vocab_mb", type=positive, default=300, metavar="N", help="megabytes of text, in whole "
+        "documents, to train the vocabulary on (default: %(default)s)")
+    add("--vocab", metavar="FILE", help="use this vocab.tiktoken instead of GPT-2's")
     add("--max_tokens", type=positive, help="maximum number of tokens in all shards (default: all)")
     add("--shard_size", type=positive, default=10**8,
         help="tokens in a shard (default: %(default)s)")
@@ -972,6 +1108,11 @@ def parse_args():
     args = parser.parse_args()
     if args.files and (args.dataset or args.name or args.pretokenized):
         fail("--files excludes --dataset, --name and --pretokenized; choose one source")
+    if (args.vocab_size is not None) + (args.vocab is not None) + args.pretokenized > 1:
+        fail("--vocab_size, --vocab and --pretokenized each choose a vocabulary; use one of them")
+    if args.vocab_size and not len(BYTES) < args.vocab_size <= 2**16:
+        fail(f"--vocab_size {args.vocab_size} must be from 257, the bytes and <|endoftext|>, to "
+             "65536, as shards have 16 bits a token")
     args.val_tokens = args.val_tokens or args.shard_size
     if max(args.val_tokens, args.shard_size) >= 2**31:
         fail("--shard_size and --val_tokens must be below 2147483648: a shard's header is int32")
@@ -1001,8 +1142,7 @@ def main():
             else:
                 streaming = args.max_tokens is not None  # download only the text that is needed
                 source = Hub(args.dataset, args.name, args.split, streaming, args.num_proc)
-            make_shards(args.data_dir, source, args.shard_size, args.val_tokens, args.max_tokens,
-                        args.num_proc)
+            make_shards(args.data_dir, source, args)
     except OSError as e:  # disk full, no permission, ...
         fail(f"{args.data_dir}: {describe(e)}; solve the problem and start again to resume")
     except KeyboardInterrupt:

@@ -305,7 +305,7 @@ def load_hf_tokenizer(name, config):
     has_none = not any(file.startswith(("tokenizer", "vocab", "merges")) for file in files)
     is_gpt2 = config.model_type == "gpt2" and config.vocab_size == 50257
     if has_none and is_gpt2 and config.bos_token_id == config.eos_token_id == 50256:
-        return get_tokenizer(config.vocab_size)
+        return get_tokenizer("", config.vocab_size)
     fail(f"{name} has no tokenizer that can be read: put its tokenizer.json and "
          f"tokenizer_config.json there, or export it anew ({reason})")
 
@@ -318,7 +318,8 @@ def load_checkpoint_model(path):
     except (ImportError, ValueError) as e:
         fail(e)
     model = load_model(path, checkpoint, script.Config, script.Model)
-    return model, get_tokenizer(model.cfg.vocab_size), model.cfg.block_size
+    tokenizer = get_tokenizer(checkpoint["vocab"], model.cfg.vocab_size)
+    return model, tokenizer, model.cfg.block_size
 
 
 def load_hf_model(name):

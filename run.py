@@ -23,7 +23,8 @@ import torch
 import torch.distributed as dist
 
 from common import BENCH_WARMUP, generate, init_world, peak_flops
-from fineweb import explain, fail, get_tokenizer, lock_folder, replacing, save_tokenizer
+from fineweb import (GPT2_TOKENS, digest, explain, fail, get_tokenizer, lock_folder, n_tokens,
+                     replacing, save_tokenizer, vocab_of)
 
 PROMPT = "Hello, I'm a language model,"
 
@@ -93,9 +94,9 @@ def check_memory(cfg, world, Model, accumulation):
 
 # ---- checkpoints ---------------------------------------------------------------------------------
 
-def save_checkpoint(path, arch, step, model, optimizer_state, scaler, tokens_per_second):
+def save_checkpoint(path, arch, step, model, vocab, optimizer_state, scaler, tokens_per_second):
     state = {"arch": arch, "step": step, "config": asdict(model.cfg), "model": model.state_dict(),
-             "optimizer": optimizer_state, "scaler": scaler.state_dict(),
+             "vocab": vocab, "optimizer": optimizer_state, "scaler": scaler.state_dict(),
              "tokens_per_second": tokens_per_second}
     with replacing(path) as file:
         torch.save(state, file)
@@ -109,7 +110,7 @@ def read_checkpoint(path):
         for key, kind in kinds.items():
             if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(key), kind):
                 raise ValueError(f"its entry {key!r} is missing or of another type")
-        return checkpoint
+        return {"vocab": ""} | checkpoint  # old ones have GPT-2's vocabulary
     except pickle.UnpicklingError:
         reason = "it is damaged, or not plain data: it may hold code, which was not run"
     except Exception as e:  # the error above, and the many that torch.load raises
@@ -165,7 +166,7 @@ def load_model(path, checkpoint, Config, Model):
     return model.eval()
 
 
-def resume(cfg, arch, world, model, optimizer, scaler):
+def resume(cfg, arch, world, model, vocab, optimizer, scaler):
     """Load the checkpoint that --resume names, if any, into model and optimizer. Return its path,
     step and tokens/s, or (None, 0, None). End if results of this or another run would be lost."""
     path, checkpoint = find_checkpoint(cfg, arch) if cfg.resume else (None, {})
@@ -188,6 +189,9 @@ def resume(cfg, arch, world, model, optimizer, scaler):
         if wanted:
             fail(f"{path} has another shape, optimizer or number of tokens in a step; to resume "
                  f"it use {' '.join(wanted)}")
+        if checkpoint["vocab"] != vocab:
+            fail(f"{path} has another vocabulary than --data_dir={cfg.data_dir}: use the data with "
+                 "which it was trained")
         changes = "".join(f", {name} {saved.get(name)} -> {now[name]}" for name in differing)
         message = f"resumed {path} at step {step}{changes}"
         with explain(f"{path} does not fit train_{arch}.py", AttributeError, RuntimeError):
@@ -218,7 +222,7 @@ class Run:
     """Log and console of a training run. Every process calls its methods; only rank 0 writes. The
     numbers of an update on a GPU are read during the next update, so that the GPU never waits."""
 
-    def __init__(self, cfg, arch, world, model, optimizer, scaler, hellaswag, bench):
+    def __init__(self, cfg, arch, world, model, optimizer, scaler, val_loader, hellaswag, bench):
         """Resume, if --resume says so. hellaswag: the scorer, or None. bench: number of steps to
         time, or 0."""
         self.cfg = cfg
@@ -227,9 +231,11 @@ class Run:
         self.model = model
         self.optimizer = optimizer
         self.scaler = scaler
+        self.val_loader = val_loader
         self.hellaswag = hellaswag
         self.bench = bench
-        start = resume(cfg, arch, world, model, optimizer, scaler)
+        self.vocab = vocab_of(cfg.data_dir)
+        start = resume(cfg, arch, world, model, self.vocab, optimizer, scaler)
         self.checkpoint, self.start_step, self.tokens_per_second = start
         self.cuda = world.device.type == "cuda"
         self.device_name = torch.cuda.get_device_name() if self.cuda else world.device.type
@@ -279,7 +285,7 @@ class Run:
         if self.start_step == 0 and last >= self.cfg.checkpoint_interval > 0:
             fail(f"{folder} has a log but no checkpoint: put one back, or use another --log_dir")
         # evaluations at start_step stay if they are not made again now
-        stays = {"val", "val_full", "hella"}
+        stays = {"val", "bpb", "val_full", "bpb_full", "hella"}
         if self.evaluation_due(self.start_step):
             stays = set() if self.hellaswag else {"hella"}
         with replacing(self.log_path) as file:
@@ -309,7 +315,12 @@ class Run:
     def write_info(self):
         """Write run.json: the run as it is now, and every start of it. Its speed is that of the
         median step, without evaluations."""
+        known = self.vocab or self.cfg.vocab_size >= GPT2_TOKENS
+        vocab = {"name": "own" if self.vocab else "gpt2", "tokens": n_tokens(self.vocab),
+                 "sha256": digest(self.vocab)}
         info = {"arch": self.arch, "params": self.model.num_params(),
+                "vocab": vocab if known else None, "val_text": self.val_loader.val_text,
+                "bytes_per_token": self.val_loader.bytes_per_token,
                 "flops_per_token": self.flops_per_token,
                 "tokens_per_second": self.tokens_per_second, **self.starts[-1],
                 "starts": self.starts}
@@ -413,14 +424,21 @@ class Run:
         self.stopping = self.world.sum(signalled).item() > 0
         return self.stopping
 
-    def log_val(self, step, stream, loss):
-        """Log the loss on validation tokens; loss: this process's part of it, a tensor."""
-        loss = self.world.sum(loss).item()
+    def log_val(self, step, stream, sums):
+        """Log the validation loss, and the bits per byte of text. stream: "val" or "val_full".
+        sums: what loss_sums returns, summed over the batches of this process."""
+        nats, n_targets, text_nats, text_bytes = self.world.sum(sums).tolist()
         if self.gave_up():
             return
-        self.log(step, stream, f"{loss:.4f}")
+        loss = f"{nats / n_targets:.4f}"
+        self.log(step, stream, loss)
         name = "validation loss" if stream == "val" else "full validation loss"
-        self.say(f"step {step:5d} | {name} {loss:.4f}")
+        text = f"step {step:5d} | {name} {loss}"
+        if text_bytes:
+            bpb = f"{text_nats / text_bytes / math.log(2):.4f}"
+            self.log(step, stream.replace("val", "bpb"), bpb)
+            text += f" | {bpb} bits per byte"
+        self.say(text)
         self.clock = time.perf_counter()  # from here log_hella measures its time
 
     def log_hella(self, step, correct):
@@ -453,8 +471,8 @@ class Run:
             if self.seconds:
                 self.tokens_per_second = round(self.cfg.total_batch_size / np.median(self.seconds))
             self.checkpoint = os.path.join(self.cfg.log_dir, f"model_{step:05d}.pt")
-            save_checkpoint(self.checkpoint, self.arch, step, self.model, optimizer_state,
-                            self.scaler, self.tokens_per_second)
+            save_checkpoint(self.checkpoint, self.arch, step, self.model, self.vocab,
+                            optimizer_state, self.scaler, self.tokens_per_second)
             self.write_info()
             delete_old_checkpoints(self.cfg.log_dir, step, self.cfg.keep_checkpoints)
 
@@ -488,7 +506,9 @@ def use_checkpoint(cfg, mode, arch, Config, Model, to_hf):
         print(f"wrote {path}, step {checkpoint['step']}, to {mode.export}")
         return
     device = init_world(cfg.device, cfg.dtype, cfg.seed).device
-    tokenizer = get_tokenizer(model.cfg.vocab_size) or sys.exit(1)  # and the reason was printed
+    tokenizer = get_tokenizer(checkpoint["vocab"], model.cfg.vocab_size)
+    if tokenizer is None:
+        sys.exit(1)  # the reason was printed
     print(f"{path}, step {checkpoint['step']}", file=sys.stderr)
     prompt = tokenizer.encode_ordinary(mode.sample)
     print(generate(model.to(device), tokenizer, prompt, device, cfg.seed, mode.max_new_tokens,
@@ -499,6 +519,7 @@ def export(model, path, checkpoint, folder, to_hf):
     """Write a Hugging Face folder, or model.pth if to_hf returns a state dict."""
     if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
         fail(f"--export={folder} is not empty, or not a folder: choose a new name")
+    tokenizer = get_tokenizer(checkpoint["vocab"], model.cfg.vocab_size)
     with explain("--export needs transformers 5 (pip install transformers)", Exception):
         exported = to_hf(model)  # what an old version lacks shows in errors of many types
     try:
@@ -506,10 +527,14 @@ def export(model, path, checkpoint, folder, to_hf):
         if isinstance(exported, dict):
             torch.save(exported, os.path.join(folder, "model.pth"))
         else:
+            if tokenizer:
+                for config in exported.config, exported.generation_config:
+                    config.bos_token_id = config.eos_token_id = tokenizer.eot_token
             exported.save_pretrained(folder)
-            save_tokenizer(folder, model.cfg.vocab_size, model.cfg.block_size)
             with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as file:
                 file.write(model_card(model, path, checkpoint, type(exported).__name__))
+        if tokenizer:
+            save_tokenizer(folder, tokenizer, model.cfg.block_size)
     except Exception as e:  # torch.save and safetensors each wrap the OSError of a full disk
         shutil.rmtree(folder, ignore_errors=True)
         fail(f"cannot write {folder}: {e}")

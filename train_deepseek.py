@@ -43,8 +43,8 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from common import (RunConfig, ShardLoader, accumulation_steps, configure_compiler, cosine_lr,
-                    init_world, parse_args)
-from fineweb import end_of_text, get_tokenizer, one_line_errors
+                    init_world, loss_sums, parse_args)
+from fineweb import get_tokenizer, one_line_errors, vocab_of
 from hellaswag import load_hellaswag
 from muon import Muon, Optimizers
 from run import Run, check_memory, use_checkpoint
@@ -56,7 +56,7 @@ ARCH = "deepseek"
 class Config(RunConfig):
     # model
     block_size: int = 1024  # context length in tokens
-    vocab_size: int = 50304  # GPT-2's 50,257 and padding, or 256: a token is a byte
+    vocab_size: int = 50304  # size of the embedding; by default the tokens of data_dir and padding
     n_layer: int = 12  # number of blocks
     n_head: int = 12  # number of attention heads
     n_embd: int = 768  # width of the residual stream
@@ -125,7 +125,7 @@ class Config(RunConfig):
                              "--mtp=false")
 
 
-TINY = dict(block_size=64, vocab_size=256, n_layer=4, n_head=4, n_embd=128, q_lora_rank=64,
+TINY = dict(block_size=64, n_layer=4, n_head=4, n_embd=128, q_lora_rank=64,
             kv_lora_rank=64, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=32, ffn_dim=384,
             moe_ffn_dim=64, init_std=0.02, log_dir=f"log/{ARCH}-tiny")
 
@@ -548,7 +548,6 @@ def to_hf(model):
     """Return the same weights as a transformers DeepseekV3ForCausalLM, which has no mtp."""
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
     cfg = model.cfg
-    eot = end_of_text(cfg.vocab_size)
     config = DeepseekV3Config(
         vocab_size=cfg.vocab_size, max_position_embeddings=cfg.block_size, hidden_size=cfg.n_embd,
         intermediate_size=cfg.ffn_dim, moe_intermediate_size=cfg.moe_ffn_dim,
@@ -561,7 +560,7 @@ def to_hf(model):
         qk_rope_head_dim=cfg.qk_rope_head_dim, v_head_dim=cfg.v_head_dim, rms_norm_eps=1e-6,
         initializer_range=cfg.init_std, tie_word_embeddings=True, rope_interleave=True,
         rope_parameters={"rope_type": "default", "rope_theta": cfg.rope_theta}, num_mtp_layers=0,
-        bos_token_id=eot, eos_token_id=eot, pad_token_id=None)
+        bos_token_id=None, eos_token_id=None, pad_token_id=None)
     # where transformers 4, vLLM and llama.cpp look for it; and what only vLLM and SGLang ask for
     config.rope_theta = cfg.rope_theta
     config.topk_method, config.scoring_func, config.moe_layer_freq = "noaux_tc", "sigmoid", 1
@@ -581,8 +580,8 @@ def main():
     world = init_world(cfg.device, cfg.dtype, cfg.seed)
     accumulation = accumulation_steps(cfg, world)
     train_loader = ShardLoader(cfg, "train", world, synthetic=mode.bench)
-    val_loader = ShardLoader(cfg, "val", world, synthetic=mode.bench)
-    tokenizer = get_tokenizer(cfg.vocab_size) if cfg.hella_limit or cfg.sample_interval else None
+    tokenizer = None if mode.bench else get_tokenizer(vocab_of(cfg.data_dir), cfg.vocab_size)
+    val_loader = ShardLoader(cfg, "val", world, tokenizer, synthetic=mode.bench)
     hellaswag = load_hellaswag(cfg, world, tokenizer)
     check_memory(cfg, world, Model, accumulation)
     model = Model(cfg).to(world.device)
@@ -590,7 +589,7 @@ def main():
     # float16 has a narrow range: the loss is scaled, and an update with an overflow is skipped
     scaler = torch.amp.GradScaler(world.device.type, enabled=cfg.dtype == "float16")
     # this loads the checkpoint that --resume names
-    run = Run(cfg, ARCH, world, model, optimizer, scaler, hellaswag, mode.bench)
+    run = Run(cfg, ARCH, world, model, optimizer, scaler, val_loader, hellaswag, mode.bench)
     if cfg.compile:
         configure_compiler()
         model.compile(dynamic=False, fullgraph=True)
@@ -608,16 +607,15 @@ def main():
         if run.evaluation_due(step) and not run.stopping:
             run.flush()
             model.eval()
-            streams = {"val": cfg.val_tokens}
+            streams = {"val": val_loader.val_tokens}
             if last_step and cfg.val_full_tokens:
                 streams["val_full"] = cfg.val_full_tokens
             for stream, n_tokens in streams.items():
-                val_loss = torch.zeros((), device=world.device)
+                sums = torch.zeros(4, device=world.device)
                 with torch.no_grad(), world.autocast():
-                    for x, y, share in run.until_signal(val_loader.val_batches(n_tokens)):
-                        _, loss = model(x, y)
-                        val_loss += loss * share
-                run.log_val(step, stream, val_loss)
+                    for x, y in run.until_signal(val_loader.val_batches(n_tokens)):
+                        sums += loss_sums(model, x, y, val_loader.token_bytes)
+                run.log_val(step, stream, sums)
             if hellaswag:
                 run.log_hella(step, hellaswag.score(model, run.until_signal)["acc_norm"])
             model.train()
@@ -640,7 +638,7 @@ def main():
             group["lr"] = lr * group["lr_scale"]  # kinds of parameters have rates of their own
         train_loss = torch.zeros((), device=world.device)
         for micro_step in range(accumulation):
-            x, y, _ = next(batches)
+            x, y = next(batches)
             # DDP averages the gradients over the processes only in the last micro-step
             if world.size > 1:
                 ddp_model.require_backward_grad_sync = micro_step == accumulation - 1

@@ -35,8 +35,8 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from common import (RunConfig, ShardLoader, accumulation_steps, configure_compiler, cosine_lr,
-                    init_world, parse_args)
-from fineweb import end_of_text, explain, get_tokenizer, one_line_errors
+                    init_world, loss_sums, padded, parse_args)
+from fineweb import explain, get_tokenizer, n_tokens, one_line_errors, vocab_of
 from hellaswag import load_hellaswag
 from muon import Muon, Optimizers
 from run import Run, check_memory, use_checkpoint
@@ -48,7 +48,7 @@ ARCH = "gpt2"
 class Config(RunConfig):
     # model
     block_size: int = 1024  # context length in tokens
-    vocab_size: int = 50304  # GPT-2's 50,257 and padding, or 256: a token is a byte
+    vocab_size: int = 50304  # size of the embedding; by default the tokens of data_dir and padding
     n_layer: int = 12  # number of blocks
     n_head: int = 12  # number of attention heads
     n_embd: int = 768  # width of the residual stream
@@ -77,8 +77,7 @@ class Config(RunConfig):
             raise ValueError(f"--n_embd={self.n_embd} is not a multiple of --n_head={self.n_head}")
 
 
-TINY = dict(block_size=64, vocab_size=256, n_layer=4, n_head=4, n_embd=128,
-            log_dir=f"log/{ARCH}-tiny")
+TINY = dict(block_size=64, n_layer=4, n_head=4, n_embd=128, log_dir=f"log/{ARCH}-tiny")
 
 
 class CausalSelfAttention(nn.Module):
@@ -219,6 +218,10 @@ def with_published_shape(cfg):
         hf = AutoConfig.from_pretrained(cfg.init_from)
         if hf.model_type != "gpt2":
             raise ValueError(f"a model of type {hf.model_type}, not gpt2")
+        vocab = vocab_of(cfg.data_dir)
+        if vocab and padded(n_tokens(vocab)) != padded(hf.vocab_size):
+            raise ValueError(f"its {hf.vocab_size} tokens are not the {n_tokens(vocab)} of "
+                             f"--data_dir={cfg.data_dir}")
         cfg = replace(cfg, block_size=hf.n_positions, vocab_size=hf.vocab_size,
                       n_layer=hf.n_layer, n_head=hf.n_head, n_embd=hf.n_embd)
         if unknown := unknown_settings(hf, hf_config(cfg)):
@@ -281,11 +284,10 @@ def transpose_conv1d(state_dict):
 def hf_config(cfg):
     """Return the GPT2Config of a transformers model of the same shape."""
     from transformers import GPT2Config
-    eot = end_of_text(cfg.vocab_size)
     return GPT2Config(
         vocab_size=cfg.vocab_size, n_positions=cfg.block_size, n_embd=cfg.n_embd,
         n_layer=cfg.n_layer, n_head=cfg.n_head, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-        bos_token_id=eot, eos_token_id=eot, n_ctx=cfg.block_size)  # llama.cpp reads n_ctx
+        bos_token_id=None, eos_token_id=None, n_ctx=cfg.block_size)  # llama.cpp reads n_ctx
 
 
 def to_hf(model):
@@ -306,8 +308,8 @@ def main():
     world = init_world(cfg.device, cfg.dtype, cfg.seed)
     accumulation = accumulation_steps(cfg, world)
     train_loader = ShardLoader(cfg, "train", world, synthetic=mode.bench)
-    val_loader = ShardLoader(cfg, "val", world, synthetic=mode.bench)
-    tokenizer = get_tokenizer(cfg.vocab_size) if cfg.hella_limit or cfg.sample_interval else None
+    tokenizer = None if mode.bench else get_tokenizer(vocab_of(cfg.data_dir), cfg.vocab_size)
+    val_loader = ShardLoader(cfg, "val", world, tokenizer, synthetic=mode.bench)
     hellaswag = load_hellaswag(cfg, world, tokenizer)
     check_memory(cfg, world, Model, accumulation)
     model = Model(cfg).to(world.device)
@@ -315,7 +317,7 @@ def main():
     # float16 has a narrow range: the loss is scaled, and an update with an overflow is skipped
     scaler = torch.amp.GradScaler(world.device.type, enabled=cfg.dtype == "float16")
     # this loads the checkpoint that --resume names
-    run = Run(cfg, ARCH, world, model, optimizer, scaler, hellaswag, mode.bench)
+    run = Run(cfg, ARCH, world, model, optimizer, scaler, val_loader, hellaswag, mode.bench)
     if cfg.compile:
         configure_compiler()
         model.compile(dynamic=False, fullgraph=True)
@@ -333,16 +335,15 @@ def main():
         if run.evaluation_due(step) and not run.stopping:
             run.flush()
             model.eval()
-            streams = {"val": cfg.val_tokens}
+            streams = {"val": val_loader.val_tokens}
             if last_step and cfg.val_full_tokens:
                 streams["val_full"] = cfg.val_full_tokens
             for stream, n_tokens in streams.items():
-                val_loss = torch.zeros((), device=world.device)
+                sums = torch.zeros(4, device=world.device)
                 with torch.no_grad(), world.autocast():
-                    for x, y, share in run.until_signal(val_loader.val_batches(n_tokens)):
-                        _, loss = model(x, y)
-                        val_loss += loss * share
-                run.log_val(step, stream, val_loss)
+                    for x, y in run.until_signal(val_loader.val_batches(n_tokens)):
+                        sums += loss_sums(model, x, y, val_loader.token_bytes)
+                run.log_val(step, stream, sums)
             if hellaswag:
                 run.log_hella(step, hellaswag.score(model, run.until_signal)["acc_norm"])
             model.train()
@@ -365,7 +366,7 @@ def main():
             group["lr"] = lr * group["lr_scale"]  # kinds of parameters have rates of their own
         train_loss = torch.zeros((), device=world.device)
         for micro_step in range(accumulation):
-            x, y, _ = next(batches)
+            x, y = next(batches)
             # DDP averages the gradients over the processes only in the last micro-step
             if world.size > 1:
                 ddp_model.require_backward_grad_sync = micro_step == accumulation - 1

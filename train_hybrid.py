@@ -40,8 +40,8 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from common import (RunConfig, ShardLoader, accumulation_steps, configure_compiler, cosine_lr,
-                    init_world, parse_args)
-from fineweb import end_of_text, fail, get_tokenizer, one_line_errors
+                    init_world, loss_sums, parse_args)
+from fineweb import fail, get_tokenizer, one_line_errors, vocab_of
 from hellaswag import load_hellaswag
 from muon import Muon, Optimizers
 from run import Run, check_memory, use_checkpoint
@@ -53,7 +53,7 @@ ARCH = "hybrid"
 class Config(RunConfig):
     # model
     block_size: int = 1024  # context length in tokens
-    vocab_size: int = 50304  # GPT-2's 50,257 and padding, or 256: a token is a byte
+    vocab_size: int = 50304  # size of the embedding; by default the tokens of data_dir and padding
     n_layer: int = 12  # number of passes through a block
     n_head: int = 12  # number of query heads
     n_embd: int = 768  # width of the residual stream
@@ -128,7 +128,7 @@ class Config(RunConfig):
 CHOICES = {"pos": ("learned", "rope", "none"), "norm": ("layernorm", "rmsnorm"),
            "mlp": ("gelu", "swiglu", "geglu", "relu2"), "share_order": ("immediate", "cycle"),
            "qk_norm": ("none", "rmsnorm", "layernorm")}
-TINY = dict(block_size=64, vocab_size=256, n_layer=4, n_head=4, n_kv_head=2, n_embd=128,
+TINY = dict(block_size=64, n_layer=4, n_head=4, n_kv_head=2, n_embd=128,
             ffn_dim=384, window=16, log_dir=f"log/{ARCH}-tiny")
 
 
@@ -452,11 +452,10 @@ def to_hf(model):
     import transformers
     cfg = model.cfg
     name = hf_class(cfg)
-    eot = end_of_text(cfg.vocab_size)
     shape = dict(
         vocab_size=cfg.vocab_size, max_position_embeddings=cfg.block_size, hidden_size=cfg.n_embd,
         num_hidden_layers=cfg.n_layer, num_attention_heads=cfg.n_head, tie_word_embeddings=cfg.tie,
-        bos_token_id=eot, eos_token_id=eot, pad_token_id=None)
+        bos_token_id=None, eos_token_id=None, pad_token_id=None)
     # two names of GELU by tanh: the second is the one of GPT-2's time
     activation = {"swiglu": "silu", "relu2": "relu2"}.get(cfg.mlp, "gelu_pytorch_tanh")
     old_activation = "gelu_new" if cfg.mlp == "gelu" else activation
@@ -549,8 +548,8 @@ def main():
     world = init_world(cfg.device, cfg.dtype, cfg.seed)
     accumulation = accumulation_steps(cfg, world)
     train_loader = ShardLoader(cfg, "train", world, synthetic=mode.bench)
-    val_loader = ShardLoader(cfg, "val", world, synthetic=mode.bench)
-    tokenizer = get_tokenizer(cfg.vocab_size) if cfg.hella_limit or cfg.sample_interval else None
+    tokenizer = None if mode.bench else get_tokenizer(vocab_of(cfg.data_dir), cfg.vocab_size)
+    val_loader = ShardLoader(cfg, "val", world, tokenizer, synthetic=mode.bench)
     hellaswag = load_hellaswag(cfg, world, tokenizer)
     check_memory(cfg, world, Model, accumulation)
     model = Model(cfg).to(world.device)
@@ -558,7 +557,7 @@ def main():
     # float16 has a narrow range: the loss is scaled, and an update with an overflow is skipped
     scaler = torch.amp.GradScaler(world.device.type, enabled=cfg.dtype == "float16")
     # this loads the checkpoint that --resume names
-    run = Run(cfg, ARCH, world, model, optimizer, scaler, hellaswag, mode.bench)
+    run = Run(cfg, ARCH, world, model, optimizer, scaler, val_loader, hellaswag, mode.bench)
     if cfg.compile:
         configure_compiler()
         model.compile(dynamic=False, fullgraph=True)
@@ -576,16 +575,15 @@ def main():
         if run.evaluation_due(step) and not run.stopping:
             run.flush()
             model.eval()
-            streams = {"val": cfg.val_tokens}
+            streams = {"val": val_loader.val_tokens}
             if last_step and cfg.val_full_tokens:
                 streams["val_full"] = cfg.val_full_tokens
             for stream, n_tokens in streams.items():
-                val_loss = torch.zeros((), device=world.device)
+                sums = torch.zeros(4, device=world.device)
                 with torch.no_grad(), world.autocast():
-                    for x, y, share in run.until_signal(val_loader.val_batches(n_tokens)):
-                        _, loss = model(x, y)
-                        val_loss += loss * share
-                run.log_val(step, stream, val_loss)
+                    for x, y in run.until_signal(val_loader.val_batches(n_tokens)):
+                        sums += loss_sums(model, x, y, val_loader.token_bytes)
+                run.log_val(step, stream, sums)
             if hellaswag:
                 run.log_hella(step, hellaswag.score(model, run.until_signal)["acc_norm"])
             model.train()
@@ -608,7 +606,7 @@ def main():
             group["lr"] = lr * group["lr_scale"]  # kinds of parameters have rates of their own
         train_loss = torch.zeros((), device=world.device)
         for micro_step in range(accumulation):
-            x, y, _ = next(batches)
+            x, y = next(batches)
             # DDP averages the gradients over the processes only in the last micro-step
             if world.size > 1:
                 ddp_model.require_backward_grad_sync = micro_step == accumulation - 1

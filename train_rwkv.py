@@ -39,8 +39,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint
 
 from common import (RunConfig, ShardLoader, accumulation_steps, configure_compiler, cosine_lr,
-                    init_world, parse_args)
-from fineweb import get_tokenizer, one_line_errors
+                    init_world, loss_sums, parse_args)
+from fineweb import get_tokenizer, one_line_errors, vocab_of
 from hellaswag import load_hellaswag
 from muon import Muon, Optimizers
 from run import Run, check_memory, use_checkpoint
@@ -52,7 +52,7 @@ ARCH = "rwkv"
 class Config(RunConfig):
     # model
     block_size: int = 1024  # context length in tokens
-    vocab_size: int = 50304  # GPT-2's 50,257 and padding, or 256: a token is a byte
+    vocab_size: int = 50304  # size of the embedding; by default the tokens of data_dir and padding
     n_layer: int = 11  # number of blocks
     n_embd: int = 640  # width of the residual stream
     head_dim: int = 64  # width of a head, whose state is head_dim x head_dim
@@ -91,7 +91,7 @@ class Config(RunConfig):
         return max(32, round(factor * self.n_embd ** 0.5 / 32) * 32)
 
 
-TINY = dict(block_size=64, vocab_size=256, n_layer=3, n_embd=128, head_dim=32, ffn_dim=512,
+TINY = dict(block_size=64, n_layer=3, n_embd=128, head_dim=32, ffn_dim=512,
             log_dir=f"log/{ARCH}-tiny")
 
 
@@ -440,8 +440,8 @@ def main():
     world = init_world(cfg.device, cfg.dtype, cfg.seed)
     accumulation = accumulation_steps(cfg, world)
     train_loader = ShardLoader(cfg, "train", world, synthetic=mode.bench)
-    val_loader = ShardLoader(cfg, "val", world, synthetic=mode.bench)
-    tokenizer = get_tokenizer(cfg.vocab_size) if cfg.hella_limit or cfg.sample_interval else None
+    tokenizer = None if mode.bench else get_tokenizer(vocab_of(cfg.data_dir), cfg.vocab_size)
+    val_loader = ShardLoader(cfg, "val", world, tokenizer, synthetic=mode.bench)
     hellaswag = load_hellaswag(cfg, world, tokenizer)
     check_memory(cfg, world, Model, accumulation)
     model = Model(cfg).to(world.device)
@@ -449,7 +449,7 @@ def main():
     # float16 has a narrow range: the loss is scaled, and an update with an overflow is skipped
     scaler = torch.amp.GradScaler(world.device.type, enabled=cfg.dtype == "float16")
     # this loads the checkpoint that --resume names
-    run = Run(cfg, ARCH, world, model, optimizer, scaler, hellaswag, mode.bench)
+    run = Run(cfg, ARCH, world, model, optimizer, scaler, val_loader, hellaswag, mode.bench)
     if cfg.compile:
         configure_compiler()
         model.compile(dynamic=False, fullgraph=True)
@@ -467,16 +467,15 @@ def main():
         if run.evaluation_due(step) and not run.stopping:
             run.flush()
             model.eval()
-            streams = {"val": cfg.val_tokens}
+            streams = {"val": val_loader.val_tokens}
             if last_step and cfg.val_full_tokens:
                 streams["val_full"] = cfg.val_full_tokens
             for stream, n_tokens in streams.items():
-                val_loss = torch.zeros((), device=world.device)
+                sums = torch.zeros(4, device=world.device)
                 with torch.no_grad(), world.autocast():
-                    for x, y, share in run.until_signal(val_loader.val_batches(n_tokens)):
-                        _, loss = model(x, y)
-                        val_loss += loss * share
-                run.log_val(step, stream, val_loss)
+                    for x, y in run.until_signal(val_loader.val_batches(n_tokens)):
+                        sums += loss_sums(model, x, y, val_loader.token_bytes)
+                run.log_val(step, stream, sums)
             if hellaswag:
                 run.log_hella(step, hellaswag.score(model, run.until_signal)["acc_norm"])
             model.train()
@@ -499,7 +498,7 @@ def main():
             group["lr"] = lr * group["lr_scale"]  # kinds of parameters have rates of their own
         train_loss = torch.zeros((), device=world.device)
         for micro_step in range(accumulation):
-            x, y, _ = next(batches)
+            x, y = next(batches)
             # DDP averages the gradients over the processes only in the last micro-step
             if world.size > 1:
                 ddp_model.require_backward_grad_sync = micro_step == accumulation - 1
