@@ -4,6 +4,7 @@ What the test files share: helpers, which they import with `from conftest import
 pytest imports this file before any test file. Each test runs in an empty folder, on a CPU, with small models whose
 weights are random everywhere.
 """
+import base64
 import contextlib
 import glob
 import http.server
@@ -50,6 +51,8 @@ QUICK = ["--tiny", "--n_layer=1", "--n_head=2", "--n_embd=32", "--block_size=32"
          "--batch_size=4", "--max_steps=8", "--eval_interval=4", "--checkpoint_interval=2", "--val_tokens=2048",
          "--val_full_tokens=4096", "--sample_interval=0", "--optimizer=adamw", "--learning_rate=3e-3",
          "--warmup_steps=40"]
+
+BYTE_VOCAB = "".join(f"{base64.b64encode(bytes([i])).decode()} {i}\n" for i in range(256))
 
 each_arch = pytest.mark.parametrize("arch", ARCHS)
 # the laboratory's log is LLaMA's byte for byte, so that longer runs would show nothing new
@@ -107,7 +110,7 @@ def shards(folder, n_train=30000, n_val=5000, vocab=256, parts=3, seed=0):
     os.makedirs(folder, exist_ok=True)
     if vocab == 256:
         with open(f"{folder}/vocab.tiktoken", "w") as f:
-            f.write(fineweb.vocab_text(fineweb.BYTES))
+            f.write(BYTE_VOCAB)
     fineweb.write_shard(f"{folder}/x_val_000000.bin", val)
     cuts = [0, *sorted(rng.integers(1, n_train, parts - 1).tolist()), n_train]
     for i, (begin, end) in enumerate(zip(cuts, cuts[1:]), 1):
@@ -181,6 +184,11 @@ def trained_model(arch):
     """Return the model that a quick run with the default folder has left behind."""
     script = SCRIPTS[arch]
     return run.load_model("x", checkpoint_of(f"log/{arch}-tiny"), script.Config, script.Model)
+
+
+def byte_tokenizer():
+    """Return the tokenizer whose tokens are the 256 bytes, and <|endoftext|>."""
+    return fineweb.get_tokenizer(BYTE_VOCAB, 257)
 
 
 def write_jsonl(path, items):

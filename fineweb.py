@@ -592,7 +592,7 @@ def digest(vocab):
 
 def n_tokens(vocab):
     """Return the number of tokens of a vocabulary, with <|endoftext|>, which is the last."""
-    return vocab.count("\n") + 1 if vocab else GPT2_TOKENS
+    return len(vocab.splitlines()) + 1 if vocab else GPT2_TOKENS
 
 
 def get_tokenizer(vocab, vocab_size):

@@ -36,9 +36,9 @@ import torch
 import torch.nn.functional as F
 
 import common
-import fineweb
-from conftest import (ARCHS, HF, ROOT, SCRIPTS, bad, checkpoint_of, each_arch, each_in_transformers,
-                      each_with_attention, quick, small_config, small_model, source_of, tokens, train, trained_model)
+from conftest import (ARCHS, HF, ROOT, SCRIPTS, bad, byte_tokenizer, checkpoint_of, each_arch,
+                      each_in_transformers, each_with_attention, quick, small_config, small_model, source_of,
+                      tokens, train, trained_model)
 
 
 def randn(*shape, seed=0, dtype=torch.float32):
@@ -1306,7 +1306,7 @@ def test_rwkv_reads_on_from_a_state():
         torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=5e-5 * whole.std().item(), rtol=0)
 
     def sample(model):
-        return common.generate(model, fineweb.Bytes(), list(b"some text"), "cpu", seed=3, new_tokens=40)
+        return common.generate(model, byte_tokenizer(), list(b"some text"), "cpu", seed=3, new_tokens=40)
 
     assert sample(model) == sample(Stateless(model))
 

@@ -42,9 +42,9 @@ import common
 import fineweb
 import hellaswag
 import run
-from conftest import (ARCHS, HF, QUICK, ROOT, SCRIPTS, Answer, Reduced, bad, checkpoint_of, each_arch,
-                      each_in_transformers, each_trained, log_of, quick, serve, shards, shell, small_model, stream_of,
-                      tokens, train, trained_model, write_jsonl)
+from conftest import (ARCHS, HF, QUICK, ROOT, SCRIPTS, Answer, Reduced, bad, byte_tokenizer, checkpoint_of,
+                      each_arch, each_in_transformers, each_trained, log_of, quick, serve, shards, shell,
+                      small_model, stream_of, tokens, train, trained_model, write_jsonl)
 
 
 def cpu_world(rank=0, size=1):
@@ -77,7 +77,7 @@ def test_a_step_is_a_slice_of_the_stream(batch_size, world_size):
             targets = []
             for _ in range(micro_steps):
                 for batches in ranks:
-                    x, y, _ = next(batches)
+                    x, y = next(batches)
                     inputs.append(x)
                     targets.append(y)
             begin = 1024 * step
@@ -86,22 +86,20 @@ def test_a_step_is_a_slice_of_the_stream(batch_size, world_size):
             assert (torch.cat(targets).flatten().numpy() == stream[begin + 1:end + 1]).all()
 
 
-@pytest.mark.parametrize("val_tokens, rows", [(3000, 187), (10**6, 312), (16, 1)])
+@pytest.mark.parametrize("val_tokens, n", [(3000, 3000), (10**6, 4999), (16, 16), (17, 17)])
 @pytest.mark.parametrize("batch_size, world_size", [(4, 1), (3, 2), (64, 1), (5, 4)])
-def test_validation_is_the_same_tokens_for_every_batch_size(val_tokens, rows, batch_size, world_size):
+def test_validation_is_the_same_tokens_for_every_batch_size(val_tokens, n, batch_size, world_size):
     _, val = shards("data")
     seen = []
     for rank in range(world_size):
         data = loader("val", world_size, rank, batch_size=batch_size)
-        for x, y, share in data.val_batches(val_tokens):
-            n = round(share * rows)
-            assert share * rows == pytest.approx(n)
+        for x, y in data.val_batches(val_tokens):
             assert x.shape == y.shape == (batch_size, 16)
-            assert (y[n:] == -1).all()
-            assert (y[:n] >= 0).all()
-            for inputs, targets in zip(x[:n], y[:n]):
-                seen.append((*inputs.tolist(), targets[-1].item()))
-    assert sorted(seen) == sorted(tuple(val[16 * i:16 * i + 17].tolist()) for i in range(rows))
+            for inputs, targets in zip(x, y):
+                used = targets >= 0
+                seen += [(inputs[used].tolist(), targets[used].tolist())] if used.any() else []
+    expected = [(val[i:min(i + 16, n)].tolist(), val[i + 1:min(i + 16, n) + 1].tolist()) for i in range(0, n, 16)]
+    assert sorted(seen) == sorted(expected)
 
 
 def corrupt(path, at, value, dtype=np.int32):
@@ -147,7 +145,7 @@ def test_bad_data_is_one_line(capsys):
     def first_batch():
         return next(loader("train").train_batches(0, 1))
 
-    bad(capsys, first_batch, "x_train_000001.bin", "300", "vocab_size=256")
+    bad(capsys, first_batch, "x_train_000001.bin", "token 300", "only 257", "vocab_size")
 
 
 def test_cosine_schedule():
@@ -238,7 +236,7 @@ def test_a_scorer_scores_one_model_after_another(compile):
     items = [{"ctx": f"item {i}", "endings": ["a", "bc", "def", "ghij"], "label": i % 4} for i in range(8)]
 
     def scorer():
-        return hellaswag.HellaSwag(items, fineweb.Bytes(), 64, 256, cpu_world(), compile)
+        return hellaswag.HellaSwag(items, byte_tokenizer(), 64, 256, cpu_world(), compile)
 
     first, second = (small_model("gpt2", seed) for seed in (0, 1))
     expected = [scorer().losses(model) for model in (first, second)]
@@ -278,14 +276,14 @@ def test_hellaswag_items_longer_than_the_context_lose_its_start():
         return "".join(map(chr, rng.integers(97, 123, n)))
 
     def score(items):
-        return answers(hellaswag.HellaSwag(items, fineweb.Bytes(), 24, 480, cpu_world()), model)
+        return answers(hellaswag.HellaSwag(items, byte_tokenizer(), 24, 480, cpu_world()), model)
 
     items = [{"ctx": word(40), "endings": [word(9) for _ in range(4)], "label": 0} for _ in range(60)]
     cut = [{**item, "ctx": item["ctx"][-14:]} for item in items]  # 14 + space + 9 = 24
-    assert (score(items) == one_at_a_time(model, cut, fineweb.Bytes().encode_ordinary)).all()
+    assert (score(items) == one_at_a_time(model, cut, byte_tokenizer().encode_ordinary)).all()
     score([{**items[0], "ctx": "a", "endings": [word(n) for n in (1, 23, 24, 60)]}])
     blank = [{**item, "ctx": " "} for item in items]  # the first token has nothing that it follows
-    assert (score(blank) == one_at_a_time(model, blank, fineweb.Bytes().encode_ordinary)).all()
+    assert (score(blank) == one_at_a_time(model, blank, byte_tokenizer().encode_ordinary)).all()
 
 
 @pytest.mark.parametrize("line, word", [
@@ -1028,24 +1026,23 @@ AWKWARD_TEXTS = [
 ]
 
 
-@pytest.mark.parametrize("vocab_size", [256, 50257, 50304])
-def test_an_exported_tokenizer_gives_the_ids_of_training(vocab_size, gpt2_bpe, hellaswag_items):
+@pytest.mark.parametrize("kind", ["bytes", "gpt2"])
+def test_an_exported_tokenizer_gives_the_ids_of_training(kind, gpt2_bpe, hellaswag_items):
     """transformers has a class of its own for GPT-2's vocabulary; other programs read tokenizer.json alone."""
     from tokenizers import Tokenizer
     from transformers import AutoTokenizer
-    assert fineweb.save_tokenizer(".", vocab_size, 100_000)
+    ours = gpt2_bpe if kind == "gpt2" else byte_tokenizer()
+    fineweb.save_tokenizer(".", ours, 100_000)
     theirs = AutoTokenizer.from_pretrained(".")
     alone = Tokenizer.from_file("tokenizer.json")
-    ours = fineweb.get_tokenizer(vocab_size)
     for text in [*AWKWARD_TEXTS, *(item["ctx"] for item in hellaswag_items[:300])]:
         ids = ours.encode_ordinary(text)
         assert theirs.encode(text) == alone.encode(text).ids == ids
         assert theirs.decode(ids) == alone.decode(ids) == text
-    # <|endoftext|> is GPT-2's last token; bytes spell it out
-    ids = [64, 50256, 65] if vocab_size > 256 else list(b"a<|endoftext|>b")
+    ids = {"bytes": [97, 256, 98], "gpt2": [64, 50256, 65]}[kind]
     assert theirs.encode("a<|endoftext|>b") == alone.encode("a<|endoftext|>b").ids == ids
-    assert theirs.eos_token_id == (50256 if vocab_size > 256 else None)
-    assert len(theirs) == min(vocab_size, 50257)
+    assert theirs.eos_token_id == ours.eot_token == ids[1]
+    assert len(theirs) == ours.n_vocab
 
 
 OLD_NAMES = {  # settings under the names that vLLM, SGLang and llama.cpp's converter ask for
@@ -1083,7 +1080,7 @@ def test_transformers_4_reads_an_export(arch, gpt2_bpe):
     # five layers, so that Gemma has both kinds in its pattern and DeepSeek experts
     model = small_model(arch, n_layer=5, vocab_size=50304, rope_theta=1234.0, rope_theta_local=77.0, norm_eps=1e-3)
     SCRIPTS[arch].to_hf(model).save_pretrained("exported")
-    fineweb.save_tokenizer("exported", 50304, 64)
+    fineweb.save_tokenizer("exported", gpt2_bpe, 64)
     idx = tokens(2, 64, vocab=50304)
     torch.save(idx, "idx.pt")
     code = ("import torch, transformers\n"
@@ -1255,7 +1252,7 @@ def test_gpt2_needs_no_tokenizer_of_its_own(monkeypatch, capsys, gpt2_bpe):
     options = "other", "--hellaswag_file=h.jsonl", "--device=cpu"
     expected = score(monkeypatch, capsys, *options)
     assert "/12)" in expected[0]
-    fineweb.save_tokenizer("other", 50257, 128)
+    fineweb.save_tokenizer("other", gpt2_bpe, 128)
     assert score(monkeypatch, capsys, *options) == expected
     overwrite("other/tokenizer.json", b"of another vocabulary, and damaged")
     bad(capsys, lambda: score(monkeypatch, capsys, *options), "other has no tokenizer that can be read")
@@ -1281,9 +1278,10 @@ def test_a_model_without_all_its_weights_is_refused(monkeypatch, capsys):
     bad(capsys, lambda: score(monkeypatch, capsys, *options), "other", "the model only 100 tokens")
 
 
-@pytest.mark.parametrize("vocab_size", [255, 257, 512, 8192, 50256])
-def test_only_256_tokens_are_bytes(vocab_size, monkeypatch, capsys):
-    """Another vocabulary trains without text, which is said once; what needs text is refused in a line."""
+@pytest.mark.parametrize("vocab_size", [255, 256, 8192, 50256])
+def test_an_unknown_vocabulary(vocab_size, monkeypatch, capsys):
+    """Without vocab.tiktoken fewer tokens than GPT-2's train without text, which is said once; what needs text is
+    refused in a line."""
     shards("data", vocab=250)
     write_jsonl("h.jsonl", OTHERS)
     options = [*QUICK, "--data_dir=data", f"--vocab_size={vocab_size}", "--hella_limit=4", "--hellaswag_file=h.jsonl",
@@ -1291,7 +1289,7 @@ def test_only_256_tokens_are_bytes(vocab_size, monkeypatch, capsys):
     train("gpt2", monkeypatch, *options)
     out, err = capsys.readouterr()
     assert err.count("\n") == 1
-    assert "no samples and no HellaSwag" in err
+    assert "no samples, no HellaSwag and no bits per byte" in err
     assert f"vocab_size={vocab_size}" in err
     assert "sample:" not in out
     assert len(stream_of("val", "log/gpt2-tiny")) == 3
@@ -1351,12 +1349,12 @@ def test_samples_never_contain_padding():
     model = small_model("gpt2", vocab_size=512, block_size=16)
     with torch.no_grad():
         model.lm_head.weight[256:] *= 100  # the padding would win every draw
-    text = common.generate(model, fineweb.Bytes(), list(b"ab"), "cpu", seed=0, new_tokens=40)
+    text = common.generate(model, byte_tokenizer(), list(b"ab"), "cpu", seed=0, new_tokens=40)
     assert text.startswith("ab")
     assert len(text.encode(errors="replace")) >= 40
     with pytest.raises(SystemExit, match="17 tokens"):
-        common.generate(model, fineweb.Bytes(), 17 * [97], "cpu", seed=0)
-    assert common.generate(model, fineweb.Bytes(), [], "cpu", seed=0)
+        common.generate(model, byte_tokenizer(), 17 * [97], "cpu", seed=0)
+    assert common.generate(model, byte_tokenizer(), [], "cpu", seed=0)
 
 
 # ---- bad input: one line, exit code 1, nothing lost ------------------------------------------------------------------
