@@ -632,7 +632,10 @@ def train_vocab(texts, vocab_size):
     """Return a vocabulary of vocab_size tokens, or fewer if the texts have not as many. They are
     GPT-2's kind of tokens: pairs of tokens that follow each other in a word become a token, the
     most frequent pair first (Sennrich et al., arXiv 1508.07909), and bytes are the first tokens."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    try:
+        from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    except ImportError:
+        fail("--vocab_size needs the package tokenizers: pip install tokenizers")
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # GPT-2's words
     alphabet = pre_tokenizers.ByteLevel.alphabet()
