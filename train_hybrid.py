@@ -585,7 +585,7 @@ def main():
                         sums += loss_sums(model, x, y, val_loader.token_bytes)
                 run.log_val(step, stream, sums)
             if hellaswag:
-                run.log_hella(step, hellaswag.score(model, run.until_signal)["acc_norm"])
+                run.log_hella(step, hellaswag.losses(model, run.until_signal))
             model.train()
 
         # sample
