@@ -8,11 +8,12 @@ short context?
     python hellaswag.py gpt2 --style=lm-eval     # score it as published tables do
 
 There are two styles. In "completion", as in build-nanogpt's hellaswag.py, the model reads the
-context, a space and an ending, and picks the ending with the lowest summed loss (acc) or the lowest
-loss per token (acc_norm). In "lm-eval", as in EleutherAI's lm-evaluation-harness, the activity
-comes first, WikiHow's markers are removed, and acc_norm is the lowest loss per character. Between
-models with different tokenizers compare acc, or acc_norm in the style "lm-eval": a loss per token
-depends on the tokens.
+context, a space and an ending, and picks the ending with the lowest summed loss (acc), the lowest
+loss per token (acc_norm) or the lowest loss per UTF-8 byte of the space and the ending (acc_bytes).
+In "lm-eval", as in EleutherAI's lm-evaluation-harness, the activity comes first, WikiHow's markers
+are removed, and acc_norm is the lowest loss per character, acc_bytes that per byte, of the ending
+without the space. Between models with different tokenizers compare acc, acc_bytes, or acc_norm in
+the style "lm-eval": a loss per token depends on the tokens.
 """
 import hashlib
 import http.client
@@ -103,6 +104,7 @@ class Row(NamedTuple):
     """A context with one of its endings, as tokens."""
     ids: list  # tokens of the context, then of the ending
     n_ending: int  # number of tokens of the ending
+    n_bytes: int  # number of UTF-8 bytes of the ending, by which acc_bytes divides
     characters: int = 0  # number of characters of the ending, if acc_norm divides by them
 
 
@@ -117,11 +119,17 @@ def encode_pairs(encode, context, endings):
     return [(ids, len(ids) - n_context) for ids in pairs]
 
 
+def count_bytes(text):
+    """Return the number of UTF-8 bytes, which the tokenizer Bytes makes tokens of."""
+    return len(text.encode(errors="replace"))
+
+
 def render(item, encode):
     """Return the four rows of an item in the style "completion". With bytes, and with GPT-2's
     vocabulary, a space and an ending have the same tokens after the context as alone."""
     endings = [" " + ending for ending in item["endings"]]
-    return [Row(*pair) for pair in encode_pairs(encode, item["ctx"], endings)]
+    pairs = encode_pairs(encode, item["ctx"], endings)
+    return [Row(*pair, count_bytes(ending)) for pair, ending in zip(pairs, endings)]
 
 
 def render_lm_eval(item, encode):
@@ -135,7 +143,7 @@ def render_lm_eval(item, encode):
     context = clean(f"{item['activity_label']}: {item['ctx_a']} {item['ctx_b'].capitalize()}")
     endings = [clean(ending) for ending in item["endings"]]
     pairs = encode_pairs(encode, context, [" " + ending for ending in endings])
-    return [Row(*pair, len(ending)) for pair, ending in zip(pairs, endings)]
+    return [Row(*pair, count_bytes(ending), len(ending)) for pair, ending in zip(pairs, endings)]
 
 
 class Style(NamedTuple):
@@ -159,17 +167,24 @@ class HellaSwag:
 
     def __init__(self, items, tokenizer, block_size, batch_tokens, world, compile=False,
                  style="completion"):
-        """batch_tokens: tokens in a forward pass. Too long a row loses the start of its context."""
+        """batch_tokens: tokens in a forward pass. Too long a row loses the start of its context,
+        and then that of its ending, whose bytes count all the same."""
         self.labels = np.array([item["label"] for item in items])
         self.world = world
         rows = []  # row 4 i + j is ending j of item i
         for item in items:
-            for ids, n_ending, characters in STYLES[style].render(item, tokenizer.encode_ordinary):
-                ids = ids[-block_size:]
+            for row in STYLES[style].render(item, tokenizer.encode_ordinary):
+                ids = row.ids[-block_size:]
                 # nothing precedes the first token, from which it could be predicted
-                rows.append(Row(ids, min(n_ending, len(ids) - 1), characters))
-        # what acc_norm divides the loss of each ending by: (items, 4)
-        self.lengths = torch.tensor([row.characters or row.n_ending for row in rows]).view(-1, 4)
+                rows.append(row._replace(ids=ids, n_ending=min(row.n_ending, len(ids) - 1)))
+
+        def of_endings(numbers):  # int32 (items, 4)
+            return np.array(numbers, np.int32).reshape(-1, 4)
+
+        self.tokens = of_endings([row.n_ending for row in rows])
+        self.bytes = of_endings([row.n_bytes for row in rows])
+        # what acc_norm divides the loss of each ending by
+        self.lengths = of_endings([row.characters or row.n_ending for row in rows])
         multiple = 64 if compile else 8
         by_width = defaultdict(list)
         for i, row in enumerate(rows):
@@ -203,7 +218,7 @@ class HellaSwag:
         device = self.world.device
         # ending tokens per call of lm_head: the logits of 128, 26 MB in fp32, fit a CPU's cache
         chunk = 128 if device.type == "cpu" else 8192
-        losses = torch.zeros(self.lengths.numel(), device=device)
+        losses = torch.zeros(self.tokens.size, device=device)
         with torch.no_grad(), self.world.autocast():
             for tokens, endings in watch(self.batches):
                 row, position, target, index = endings.to(device)
@@ -214,11 +229,20 @@ class HellaSwag:
                     losses.index_add_(0, i, loss)
         return self.world.sum(losses).cpu().view(-1, 4)
 
-    def score(self, model, watch=iter):
-        """Return which items are right: {"acc": bool (items,), "acc_norm": bool (items,)}."""
-        losses = self.losses(model, watch)
-        chosen = {"acc": losses.argmin(1), "acc_norm": (losses / self.lengths).argmin(1)}
-        return {name: ending.numpy() == self.labels for name, ending in chosen.items()}
+    def correct(self, losses):
+        """Return which items are right, bool (items,), by "acc", "acc_norm" and "acc_bytes"."""
+        losses = losses.numpy()
+        scores = {"acc": losses, "acc_norm": losses / self.lengths,
+                  "acc_bytes": losses / self.bytes}
+        return {name: score.argmin(1) == self.labels for name, score in scores.items()}
+
+    def save(self, path, losses):
+        """Write a file from which every score follows, with the same bytes for the same losses. Its
+        arrays are `losses`, float32, `tokens` and `bytes`, int32, of each ending (items, 4), and
+        `labels`, int64 (items,)."""
+        with replacing(path) as file:
+            np.savez(file, losses=losses.numpy(), tokens=self.tokens, bytes=self.bytes,
+                     labels=self.labels)
 
 
 def load_hellaswag(cfg, world, tokenizer):
@@ -374,12 +398,12 @@ def main():
     scorer = HellaSwag(items, tokenizer, block_size, batch_tokens, world, args.compile, args.style)
     start = time.time()
     progress = partial(tqdm, desc="HellaSwag", unit="batch")
-    scores = scorer.score(model.to(world.device).eval(), progress)
+    losses = scorer.losses(model.to(world.device).eval(), progress)
     seconds = time.time() - start
-    for name, right in scores.items():
+    for name, right in scorer.correct(losses).items():
         p = right.mean()
         error = (p * (1 - p) / len(right)) ** 0.5
-        print(f"{name:8s} {p:.4f} +- {error:.4f}  ({right.sum()}/{len(right)})")
+        print(f"{name:9s} {p:.4f} +- {error:.4f}  ({right.sum()}/{len(right)})")
     print(f"{len(items) / seconds:.1f} items/s")
 
 

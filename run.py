@@ -423,13 +423,13 @@ class Run:
         self.say(f"step {step:5d} | {name} {loss:.4f}")
         self.clock = time.perf_counter()  # from here log_hella measures its time
 
-    def log_hella(self, step, correct):
-        """Log acc_norm as `hella`, and keep which items were right: bool (items,)."""
+    def log_hella(self, step, losses):
+        """Log acc_norm as `hella`, and keep the loss of each ending: float32 (items, 4)."""
         if self.gave_up():
             return
         if self.file:
-            with replacing(os.path.join(self.cfg.log_dir, f"hella_{step}.npy")) as file:
-                np.save(file, correct)
+            self.hellaswag.save(os.path.join(self.cfg.log_dir, f"hella_{step}.npz"), losses)
+        correct = self.hellaswag.correct(losses)["acc_norm"]
         p, error = correct.mean(), correct.std() / math.sqrt(len(correct))
         self.log(step, "hella", f"{p:.4f}")
         self.say(f"step {step:5d} | HellaSwag {p:.4f} +- {error:.4f}, {len(correct)} items in "
@@ -517,7 +517,7 @@ def export(model, path, checkpoint, folder, to_hf):
 
 def model_card(model, path, checkpoint, class_name):
     """Return a README.md with what is known of the checkpoint: its scores, if its step was
-    evaluated, stand in log.txt and hella_*.npy beside it."""
+    evaluated, stand in log.txt and hella_*.npz beside it."""
     cfg, step = model.cfg, checkpoint["step"]
     data = os.path.basename(os.path.abspath(cfg.data_dir))
     text = f"""---
@@ -528,13 +528,16 @@ pipeline_tag: text-generation
 - trained with train_{checkpoint['arch']}.py of NanoTitan: {step:,} steps, \
 {step * cfg.total_batch_size:,} tokens of the folder {data}
 """
-    log, hella = (os.path.join(os.path.dirname(path), f) for f in ("log.txt", f"hella_{step}.npy"))
+    log, hella = (os.path.join(os.path.dirname(path), f) for f in ("log.txt", f"hella_{step}"))
     if os.path.exists(log):
         with open(log, errors="replace") as file:
             for val in re.findall(rf"^{step} val (\S+)$", file.read(), re.M):
                 text += f"- validation loss {val}\n"
-    if os.path.exists(hella):
-        right = np.load(hella)
+    right = np.load(f"{hella}.npy") if os.path.exists(f"{hella}.npy") else None  # of an old run
+    if os.path.exists(f"{hella}.npz"):
+        saved = np.load(f"{hella}.npz")
+        right = (saved["losses"] / saved["tokens"]).argmin(1) == saved["labels"]
+    if right is not None:
         error = right.std() / math.sqrt(len(right))
         text += f"- HellaSwag, acc_norm: {right.mean():.4f} +- {error:.4f}, {len(right)} items\n"
     return text + f"""

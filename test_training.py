@@ -17,6 +17,7 @@ OLD_TRANSFORMERS may name a folder with transformers 4, which then reads the exp
 --no-deps transformers==4.57.1 huggingface_hub==0.36.0 tokenizers==0.22.1
 """
 import contextlib
+import filecmp
 import glob
 import hashlib
 import json
@@ -177,14 +178,15 @@ def test_batch_that_does_not_divide(monkeypatch, capsys):
 # ---- HellaSwag -------------------------------------------------------------------------------------------------------
 
 def answers(scorer, model):
-    """Return a scorer's answers for a model as one array: right by acc, right by acc_norm (2, N)."""
-    scores = scorer.score(model)
-    return np.array([scores["acc"], scores["acc_norm"]])
+    """Return a scorer's answers for a model as one array: right by acc, by acc_norm, by acc_bytes (3, N)."""
+    correct = scorer.correct(scorer.losses(model))
+    return np.array([correct["acc"], correct["acc_norm"], correct["acc_bytes"]])
 
 
 def one_at_a_time(model, items, encode):
-    """Score as build-nanogpt does, one item at a time with all logits: right by sum, right by mean (2, N)."""
-    right = []
+    """Score as build-nanogpt does, one item at a time with all logits. Return (right by the loss, by that per token, by
+    that per byte (3, N); the arrays of hella_<step>.npz)."""
+    rows = []
     for item in items:
         context = encode(item["ctx"])
         endings = [encode(" " + ending) for ending in item["endings"]]
@@ -197,16 +199,18 @@ def one_at_a_time(model, items, encode):
         with torch.no_grad():
             logits, _ = model(idx)
         losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), idx[:, 1:].flatten(), reduction="none").view(4, -1)
-        sums = (losses * mask[:, 1:]).sum(1)
-        means = sums / mask.sum(1)
-        right.append([x.argmin().item() == item["label"] for x in (sums, means)])
-    return np.array(right).T
+        n_bytes = [len(bytes(f" {ending}", "utf-8")) for ending in item["endings"]]
+        rows.append(((losses * mask[:, 1:]).sum(1), mask.sum(1), torch.tensor(n_bytes)))
+    sums, counts, n_bytes = (torch.stack(row).numpy() for row in zip(*rows))
+    labels = np.array([item["label"] for item in items])
+    right = [x.argmin(1) == labels for x in (sums, sums / counts, sums / n_bytes)]
+    return np.array(right), {"losses": sums, "tokens": counts, "bytes": n_bytes, "labels": labels}
 
 
 @each_trained
-def test_hellaswag_equals_one_item_at_a_time(arch, gpt2_bpe, hellaswag_items):
+def test_hellaswag_equals_one_item_at_a_time(arch, gpt2_bpe, hellaswag_items, monkeypatch):
     """Every item of the whole set is scored (some of them for the later architectures), and 100 with other batches and
-    paddings."""
+    paddings. The file has the numbers of each item, and the same bytes at any time."""
     items = hellaswag_items if arch == "gpt2" else hellaswag_items[::20]
     model = small_model(arch, n_layer=1, n_dense_layer=0, n_embd=32, n_head=2, block_size=192)
     encode = Reduced(gpt2_bpe)
@@ -214,11 +218,26 @@ def test_hellaswag_equals_one_item_at_a_time(arch, gpt2_bpe, hellaswag_items):
     def scorer(items, batch_tokens=8192, compile=False):
         return hellaswag.HellaSwag(items, encode, 192, batch_tokens, cpu_world(), compile)
 
-    acc, acc_norm = ours = answers(scorer(items), model)
-    reference = one_at_a_time(model, items, encode.encode_ordinary)
+    whole = scorer(items)
+    losses = whole.losses(model)
+    ours = np.array(list(whole.correct(losses).values()))
+    reference, arrays = one_at_a_time(model, items, encode.encode_ordinary)
     assert (ours != reference).sum() <= 2  # ties in the last bit
+    acc, acc_norm, acc_bytes = ours
     assert 0.2 < acc_norm.mean() < 0.3
     assert (acc != acc_norm).mean() > 0.1
+    assert (acc_bytes != acc_norm).mean() > 0.05
+    whole.save("hella.npz", losses)
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", lambda: 10**9)
+        whole.save("earlier.npz", losses)
+    assert filecmp.cmp("hella.npz", "earlier.npz", shallow=False)
+    saved = dict(np.load("hella.npz"))
+    assert {name: array.dtype for name, array in saved.items()} == {
+        "losses": np.float32, "tokens": np.int32, "bytes": np.int32, "labels": np.int64}
+    np.testing.assert_allclose(saved.pop("losses"), arrays["losses"], rtol=1e-4)
+    for name, array in saved.items():
+        np.testing.assert_array_equal(array, arrays[name], name)
     for batch_tokens in 1, 500, 10**6:
         assert (answers(scorer(items[:100], batch_tokens), model) == reference[:, :100]).all()
     # the batches of a compiled model, not compiled: few shapes, one for each width
@@ -264,7 +283,7 @@ def test_hellaswag_is_split_over_processes(gpt2_bpe, hellaswag_items, monkeypatc
     monkeypatch.setattr(common.World, "sum", collect)
     scorers = [scorer(rank, 3) for rank in range(3)]
     for part in scorers:
-        part.score(model)
+        part.losses(model)
     assert sum(len(part.batches) for part in scorers) > 3
     monkeypatch.setattr(common.World, "sum", lambda self, x: sum(parts))
     assert (answers(scorers[0], model) == whole).all()
@@ -282,10 +301,10 @@ def test_hellaswag_items_longer_than_the_context_lose_its_start():
 
     items = [{"ctx": word(40), "endings": [word(9) for _ in range(4)], "label": 0} for _ in range(60)]
     cut = [{**item, "ctx": item["ctx"][-14:]} for item in items]  # 14 + space + 9 = 24
-    assert (score(items) == one_at_a_time(model, cut, fineweb.Bytes().encode_ordinary)).all()
+    assert (score(items) == one_at_a_time(model, cut, fineweb.Bytes().encode_ordinary)[0]).all()
     score([{**items[0], "ctx": "a", "endings": [word(n) for n in (1, 23, 24, 60)]}])
     blank = [{**item, "ctx": " "} for item in items]  # the first token has nothing that it follows
-    assert (score(blank) == one_at_a_time(model, blank, fineweb.Bytes().encode_ordinary)).all()
+    assert (score(blank) == one_at_a_time(model, blank, fineweb.Bytes().encode_ordinary)[0]).all()
 
 
 @pytest.mark.parametrize("line, word", [
@@ -344,7 +363,7 @@ def test_hellaswag_is_fetched_whole_or_not_at_all(monkeypatch, capsys):
         assert f.read() == data
     assert sorted(os.listdir()) == [hellaswag.FILE, "log", "tiny_data"]
     assert re.findall(r"^(\d+) hella [01]\.\d{4}$", log_of("log/b").decode(), re.M) == ["0", "4", "8"]
-    assert np.load("log/b/hella_8.npy").shape == (6,)
+    assert np.load("log/b/hella_8.npz")["losses"].shape == (6, 4)
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------
@@ -668,6 +687,8 @@ def test_a_finished_run_keeps_its_hellaswag(monkeypatch, hellaswag_path):
     train("gpt2", monkeypatch, *options, "--hella_limit=20")
     log = log_of()
     assert b"\n8 hella " in log
+    train("gpt2", monkeypatch, *options, "--hella_limit=20", f"--resume={checkpoints()[0]}", "--log_dir=log/resumed")
+    assert filecmp.cmp("log/gpt2-tiny/hella_8.npz", "log/resumed/hella_8.npz", shallow=False)
     train("gpt2", monkeypatch, *options, "--hella_limit=0", "--resume=auto")
     assert sorted(log_of().split(b"\n")) == sorted(log.split(b"\n"))
     train("gpt2", monkeypatch, *options, "--hella_limit=0", "--max_steps=9", "--eval_interval=100", "--resume=auto")
@@ -913,9 +934,14 @@ def test_hellaswag_from_the_shell(monkeypatch, gpt2_bpe, hellaswag_items):
     ours = shell("hellaswag.py", checkpoint, "--hellaswag_file=h.jsonl")
     theirs = shell("hellaswag.py", "exported", "--hellaswag_file=h.jsonl")
     assert ours.returncode == theirs.returncode == 0, ours.stderr + theirs.stderr
-    assert ours.stdout.splitlines()[:2] == theirs.stdout.splitlines()[:2]
-    acc_norm = re.search(r"acc_norm (0\.\d{4}) \+- 0\.\d{4}  \(\d+/30\)", ours.stdout)[1]
-    assert float(acc_norm) == stream_of("hella", "log/gpt2-tiny")[-1]
+    assert ours.stdout.splitlines()[:3] == theirs.stdout.splitlines()[:3]
+    printed = re.findall(r"^(acc\w*) +(0\.\d{4}) \+- 0\.\d{4}  \(\d+/30\)$", ours.stdout, re.M)
+    assert [name for name, _ in printed] == ["acc", "acc_norm", "acc_bytes"]
+    assert float(printed[1][1]) == stream_of("hella", "log/gpt2-tiny")[-1]
+    # and the run has kept what all three scores follow from
+    saved = np.load("log/gpt2-tiny/hella_8.npz")
+    for (_, score), divisor in zip(printed, (1, saved["tokens"], saved["bytes"])):
+        assert score == f"{np.mean((saved['losses'] / divisor).argmin(1) == saved['labels']):.4f}"
     assert "items/s" in ours.stdout
     # the style of lm-eval needs the fields of the original file
     with open("h.jsonl") as f:
@@ -961,6 +987,7 @@ task: local
 dataset_path: json
 dataset_kwargs: {{data_files: {{validation: {file}}}}}
 training_split: null
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}, {{metric: acc_bytes}}]
 """
 
 
@@ -996,7 +1023,9 @@ def test_lm_eval_style_equals_the_harness(gpt2_bpe, hellaswag_path):
         tasks=["local"], task_manager=TaskManager(include_path="tasks"), log_samples=True, bootstrap_iters=0)
     samples = sorted(theirs["samples"]["local"], key=lambda sample: sample["doc_id"])
     expected = -torch.tensor([[float(choice[0]) for choice in sample["filtered_resps"]] for sample in samples])
-    their_answers = np.array([[sample["acc"], sample["acc_norm"]] for sample in samples]).T.astype(bool)
+    scores = "acc", "acc_norm", "acc_bytes"
+    their_answers = np.array([[sample[score] for score in scores] for sample in samples]).T.astype(bool)
+    assert (their_answers[1] != their_answers[2]).sum() > 10  # a byte is not always a character
 
     def scorer(style):
         items = hellaswag.load_items("items.jsonl", style)
@@ -1013,11 +1042,11 @@ def test_lm_eval_style_equals_the_harness(gpt2_bpe, hellaswag_path):
 # ---- exports, and models of others -----------------------------------------------------------------------------------
 
 def score(monkeypatch, capsys, *options):
-    """Run hellaswag.py in this process and return the lines with the two scores."""
+    """Run hellaswag.py in this process and return the lines with the three scores."""
     monkeypatch.setattr(sys, "argv", ["hellaswag.py", *options])
     capsys.readouterr()
     hellaswag.main()
-    return capsys.readouterr().out.splitlines()[:2]
+    return capsys.readouterr().out.splitlines()[:3]
 
 
 AWKWARD_TEXTS = [
@@ -1122,6 +1151,12 @@ def test_an_export_is_complete(arch, monkeypatch, capsys, hellaswag_items):
     options = "--hellaswag_file=h.jsonl", "--device=cpu"
     expected = score(monkeypatch, capsys, f"{folder}/model_00008.pt", *options)
     assert score(monkeypatch, capsys, "exported", *options) == expected
+    # an older run kept which items were right
+    os.remove(f"{folder}/hella_8.npz")
+    np.save(f"{folder}/hella_8.npy", np.arange(12) < 3)
+    train(arch, monkeypatch, *QUICK, "--export=older")
+    with open("older/README.md") as f:
+        assert "- HellaSwag, acc_norm: 0.2500 +- 0.1250, 12 items\n" in f.read()
     # of a step that was not evaluated, and without a log, nothing is claimed
     for name in "model_00002.pt", "model_00008.pt":
         os.makedirs("alone", exist_ok=True)
@@ -1223,7 +1258,7 @@ def test_other_models_are_scored_as_the_harness_does(name, kind, settings, style
     assert expected.std() > 1
     torch.testing.assert_close(scorer.losses(model.eval()), expected, atol=2e-3, rtol=0)
     if style == "completion":
-        assert len(scorer.lengths.unique()) > 2
+        assert len(np.unique(scorer.lengths)) > 2
 
 
 REFUSED_MODELS = [  # class without its ending, settings, words

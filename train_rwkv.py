@@ -478,7 +478,7 @@ def main():
                         val_loss += loss * share
                 run.log_val(step, stream, val_loss)
             if hellaswag:
-                run.log_hella(step, hellaswag.score(model, run.until_signal)["acc_norm"])
+                run.log_hella(step, hellaswag.losses(model, run.until_signal))
             model.train()
 
         # sample
