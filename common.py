@@ -29,7 +29,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from fineweb import (GPT2_TOKENS, Parser, TokenSequence, explain, fail, missing_shards,
-                     n_tokens, open_shards, token_lengths, vocab_of, write_builtin_text)
+                     n_tokens, open_shards, padded_size, token_lengths, vocab_of,
+                     write_builtin_text)
 
 BENCH_WARMUP = 5  # steps that --bench does not count: compilation and the first allocations
 # what --tiny changes; each script adds the size of its model
@@ -138,11 +139,6 @@ def make_parser(Config):
     return parser
 
 
-def padded(n_tokens):
-    """Return the size of an embedding for so many tokens: a multiple of 64, for speed."""
-    return math.ceil(n_tokens / 64) * 64
-
-
 def nearest_divisor(n, goal):
     """Return the divisor of n that is nearest to goal; if two are equally near, the larger."""
     return min((d for d in range(n, 0, -1) if n % d == 0), key=lambda d: abs(d - goal))
@@ -187,7 +183,7 @@ def parse_args(Config, tiny):
         torch.set_num_threads(1)  # more threads gain nothing, and lose much on busy cores
     data_dir = given.get("data_dir", defaults["data_dir"])
     if data_dir != TINY_TRAINING["data_dir"]:  # that is yet to be written
-        defaults["vocab_size"] = padded(n_tokens(vocab_of(data_dir)))
+        defaults["vocab_size"] = padded_size(vocab_of(data_dir))
     numbers = {name: getattr(mode, name) for name in ("bench", "max_new_tokens", "temperature")}
     for name, value in {**given, **numbers}.items():
         default_limits = (0, math.inf) if isinstance(value, float) else (1, 2**40)
@@ -362,11 +358,8 @@ class ShardLoader:
             token_bytes[:tokenizer.n_vocab] = token_lengths(tokenizer)
         elif cfg.val_bytes:
             fail(f"--val_bytes={cfg.val_bytes} needs a known vocabulary, to count bytes")
-        if cfg.val_bytes:  # a document has a token more than bytes at most, <|endoftext|>
-            ids = self.tokens.read(0, min(2 * cfg.val_bytes, len(self.tokens)))
-            ends = token_bytes[ids].cumsum()
-            self.val_tokens = int(np.searchsorted(ends, cfg.val_bytes))
-            text = tokenizer.decode_bytes(ids[ids != tokenizer.eot_token].tolist())[:cfg.val_bytes]
+        if cfg.val_bytes:
+            self.val_tokens, text = self.tokens.first_bytes(cfg.val_bytes, tokenizer)
             self.val_text = {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
         if tokenizer:
             ids = self.tokens.read(0, min(self.val_tokens, len(self.tokens)))

@@ -213,6 +213,16 @@ class TokenSequence:
         return tokens
 
 
+    def first_bytes(self, n, tokenizer):
+        """Return how many targets the first n bytes of the text take, and these bytes; all there
+        are, if that is less. The first token is no target."""
+        # a document has a token more than it has bytes at most, <|endoftext|>
+        ids = self.read(0, min(2 * n, len(self)))
+        ends = token_lengths(tokenizer)[ids].cumsum()
+        text = tokenizer.decode_bytes(ids[ids != tokenizer.eot_token].tolist())
+        return int(np.searchsorted(ends, n)), text[:n]
+
+
 def splits_of(path):
     """Return the splits in the name of a shard, a list of "train" and "val". It should be one."""
     name = os.path.basename(path).lower()
@@ -593,6 +603,11 @@ def digest(vocab):
 def n_tokens(vocab):
     """Return the number of tokens of a vocabulary, with <|endoftext|>, which is the last."""
     return len(vocab.splitlines()) + 1 if vocab else GPT2_TOKENS
+
+
+def padded_size(vocab):
+    """Return the size of an embedding for a vocabulary: a multiple of 64, for speed."""
+    return -(-n_tokens(vocab) // 64) * 64
 
 
 def get_tokenizer(vocab, vocab_size):

@@ -120,7 +120,7 @@ def encode_pairs(encode, context, endings):
 
 
 def count_bytes(text):
-    """Return the number of UTF-8 bytes; half a character counts as the "?" that Bytes reads."""
+    """Return the number of UTF-8 bytes; a lone surrogate counts as a question mark."""
     return len(text.encode(errors="replace"))
 
 
@@ -178,7 +178,7 @@ class HellaSwag:
                 # nothing precedes the first token, from which it could be predicted
                 rows.append(row._replace(ids=ids, n_ending=min(row.n_ending, len(ids) - 1)))
 
-        def of_endings(numbers):
+        def of_endings(numbers):  # int32 (items, 4)
             return np.array(numbers, np.int32).reshape(-1, 4)
 
         self.tokens = of_endings([row.n_ending for row in rows])

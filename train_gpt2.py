@@ -35,8 +35,8 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from common import (RunConfig, ShardLoader, accumulation_steps, configure_compiler, cosine_lr,
-                    init_world, loss_sums, padded, parse_args)
-from fineweb import explain, get_tokenizer, n_tokens, one_line_errors, vocab_of
+                    init_world, loss_sums, parse_args)
+from fineweb import explain, get_tokenizer, n_tokens, one_line_errors, padded_size, vocab_of
 from hellaswag import load_hellaswag
 from muon import Muon, Optimizers
 from run import Run, check_memory, use_checkpoint
@@ -219,7 +219,7 @@ def with_published_shape(cfg):
         if hf.model_type != "gpt2":
             raise ValueError(f"a model of type {hf.model_type}, not gpt2")
         vocab = vocab_of(cfg.data_dir)
-        if vocab and padded(n_tokens(vocab)) != padded(hf.vocab_size):
+        if vocab and not n_tokens(vocab) <= hf.vocab_size <= padded_size(vocab):
             raise ValueError(f"its {hf.vocab_size} tokens are not the {n_tokens(vocab)} of "
                              f"--data_dir={cfg.data_dir}")
         cfg = replace(cfg, block_size=hf.n_positions, vocab_size=hf.vocab_size,
