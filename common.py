@@ -335,8 +335,7 @@ class ShardLoader:
         else:
             if cfg.tiny and cfg.data_dir == TINY_TRAINING["data_dir"]:
                 world.local_first(lambda: write_builtin_text(cfg.data_dir))
-            vocab = vocab_of(cfg.data_dir)
-            known = n_tokens(vocab) if vocab else cfg.vocab_size
+            known = min(cfg.vocab_size, n_tokens(vocab_of(cfg.data_dir)))
             self.tokens = open_shards(cfg.data_dir, split, known)
         if len(self.tokens) <= self.T:
             fail(f"the {split} shards in {cfg.data_dir} hold {len(self.tokens)} tokens: a row of "
@@ -350,8 +349,8 @@ class ShardLoader:
             self.measure(cfg, tokenizer)
 
     def measure(self, cfg, tokenizer):
-        """Set val_tokens, how many targets to evaluate on; token_bytes, how many bytes of text each
-        token of the embedding stands for, int64 (vocab_size,); and what run.json says of both."""
+        """Set val_tokens, how many targets to evaluate on; token_bytes, how many bytes each token
+        stands for, int64 (vocab_size,); and what run.json says of the text."""
         token_bytes = np.zeros(cfg.vocab_size, np.int64)
         self.val_tokens, self.val_text, self.bytes_per_token = cfg.val_tokens, None, None
         if tokenizer:
@@ -436,10 +435,10 @@ def token_losses(model, hidden, targets):
 
 def loss_sums(model, x, y, token_bytes):
     """Return float32 (4,): nats and number of all targets, then nats and bytes of those that are
-    text: <|endoftext|> stands for 0 bytes. x, y: a batch of ShardLoader. token_bytes: as there.
+    text: <|endoftext|> stands for 0 bytes. x, y, token_bytes: of a ShardLoader.
 
-    Their quotients are the loss in nats per token, and the nats per byte of text, which compare
-    between vocabularies; nats / ln 2 are bits (Gao et al. 2020, "The Pile", section 3.1)."""
+    Nats per byte / ln 2 are bits per byte (Gao et al. 2020, "The Pile", section 3.1), which compare
+    between vocabularies."""
     targets = y.flatten()
     losses = token_losses(model, model.hidden(x).flatten(0, 1), targets)
     counts = targets >= 0
