@@ -337,7 +337,7 @@ def cluster(results):
 
 
 def differences(group, usual):
-    """Return in what a group's setting differs from that of the usual group, as texts."""
+    """Return in what a group's setting differs from that of another, the usual one, as texts."""
     mine, its = group.setting, usual.setting
     other_vocabulary = mine["vocab_size"] != its["vocab_size"]
     across = other_vocabulary and mine["val_bytes"] == its["val_bytes"] != 0
@@ -428,13 +428,15 @@ def rank(results, studied=()):
         group.setting = {k: value for k, value in group.setting.items() if k not in studied}
     described = [group for group in groups if group.results[0].has_run_json]
     usual = usual_group(described or groups)
-    alike = [group for group in groups if not differences(group, usual)]
-    vocabularies = {group.setting["vocab_size"] for group in alike}
-    stream = "bpb" if len(vocabularies) > 1 else "val"
+    # {vocabulary: a group of it that may be compared with the usual group}
+    peers = {group.setting["vocab_size"]: group for group in groups
+             if not differences(group, usual)}
+    stream = "bpb" if len(peers) > 1 else "val"
     for group in groups:
         group.show(stream)
     for group in described:
-        group.reasons = reasons_not_comparable(group, usual, stream)
+        peer = peers.get(group.setting["vocab_size"], usual)
+        group.reasons = reasons_not_comparable(group, peer, stream)
         group.remarks = remark(group, described)
         if sum(other.arch == group.arch for other in described) > 1:
             group.label += f" ({os.path.basename(group.results[0].folder)})"

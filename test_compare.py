@@ -427,8 +427,10 @@ def test_vocabularies_that_cannot_be_compared_say_why(capsys):
     validated("log/rate", 0.9, "d")
     made_up("log/half", "mistral", 2.0, **OWN | {"max_steps": 1250, "steps": 1250, "every": 250})
     validated("log/half", 0.9, "a")
-    made_up("log/text", "hybrid", 3.0)
-    validated("log/text", 0.9, text="u", bytes_per_token=5.0)
+    made_up("log/steps", "hybrid", 3.0, max_steps=990, steps=990, every=495)  # in a vocabulary steps count, too
+    validated("log/steps", 0.9, bytes_per_token=4.91)
+    made_up("log/text", "gpt2", 2.0, **OWN | {"vocab_size": 256})
+    validated("log/text", 0.9, text="u")
     made_up("log/old", "mta", 2.0)
     made_up("log/running", "deepseek", 2.0, steps=500)
     validated("log/running", 0.9, bytes_per_token=5.0)
@@ -437,17 +439,17 @@ def test_vocabularies_that_cannot_be_compared_say_why(capsys):
     with open("log/running/log.txt", "w") as f:
         f.writelines(lines)
     first, second, *rows = compared(capsys)
-    assert [first["model"], second["model"]] == ["llama", "gpt2"]
+    assert [first["model"], second["model"]] == ["llama", "gpt2 (near)"]
     assert "not comparable" not in first["remarks"] + second["remarks"]
     assert {row["model"]: row["remarks"].removeprefix("not comparable: ") for row in rows} == {
         "phi": "trained on about 5.11 MB of text instead of 5 MB",
         "gemma": "trained on about 10 GB of text instead of 5 MB",
         "rwkv": "learning_rate=1.0 instead of None",
         "mistral": "max_steps=1250 instead of 2500",
-        "hybrid": f"vocab_size=50304 instead of 8192 (aaaaaaaa): {ADVICE}; "
-                  "val_bytes=3000 (uuuuuuuu) instead of 3000 (tttttttt)",
-        "mta": f"vocab_size=50304 instead of 8192 (aaaaaaaa): {ADVICE}; "
-               "val_bytes=0 instead of 3000 (tttttttt); no bits per byte",
+        "hybrid": "max_steps=990 instead of 1000",
+        "gpt2 (text)": f"vocab_size=256 instead of 8192 (aaaaaaaa): {ADVICE}; "
+                       "val_bytes=3000 (uuuuuuuu) instead of 3000 (tttttttt)",
+        "mta": "val_bytes=0 instead of 3000 (tttttttt); no bits per byte",
         "deepseek": "in progress, step 500 of 1000"}
     bits = {row["model"]: row["bits per byte"] for row in rows}
     assert bits["deepseek"] == "1.9000" and bits["mta"] == "-"
@@ -504,7 +506,8 @@ def test_hellaswag_across_vocabularies_is_per_byte(capsys):
     assert rows[1]["p"] == f"{compare.sign_test(int((b & ~a).sum()), int((a & ~b).sum())):.2g}"
 
 
-def test_vocabularies_in_the_plot_and_in_effects(capsys):
+def test_vocabularies_in_the_plot_and_in_effects(monkeypatch, capsys):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
     vocabularies = {"a": (5.0, {}), "b": (4.0, OWN)}
     for (vocab, (length, options)), pos in itertools.product(vocabularies.items(), ("learned", "rope")):
         made_up(f"log/{vocab}-{pos}", "hybrid", 2.0, **options, pos=pos)
@@ -517,7 +520,9 @@ def test_vocabularies_in_the_plot_and_in_effects(capsys):
     assert dict(re.findall(r"^\| (\S+=.*?) +\| ([+-]\S+)", text, re.M)) == {
         "vocab_size=8192 (bbbbbbbb)": "+0.1000", "pos=rope": "+0.0200",
         "vocab_size=8192 (bbbbbbbb) x pos=rope": "+0.0000"}
-    (loss, _), _ = drawn(capsys)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *args, **options: None)  # which is slow
+    show("--plot=curves.png")
+    loss, _ = pyplot.gcf().axes
     assert loss.get_ylabel() == "bits per byte"
     assert loss.get_lines()[0].get_ydata().tolist() == [2.0, 1.0]
 
@@ -531,6 +536,7 @@ def test_compare_reads_real_runs_and_draws(monkeypatch, capsys):
     assert first["tokens"] == second["tokens"] == "4,096"
     assert all(row["active"] != "-" for row in (first, second, third))
     assert float(first["full validation loss"]) == stream_of("val_full", f"log/{first['model']}-tiny")[-1]
+    assert pyplot.gcf().axes[0].get_ylabel() == "validation loss"  # val, which has more than one step
     assert pyplot.imread("curves.png").std() > 0.05
     assert os.path.getsize("curves.png") < 200_000
 
