@@ -6,14 +6,21 @@ Compare training runs: print one table, best run first, of finished runs and run
     python compare.py --plot=curves.png         # also draw the curves (needs matplotlib)
     python compare.py log/ladder --effects      # what each option that differs does to the loss
 
-A run is a folder with log.txt, run.json (its options) and hella_<step>.npy, which says for each
-HellaSwag item whether the model was right. A log.txt without run.json is read as build-nanogpt's,
-whose format is the same. Runs that differ only in their seed share a row: mean (low to high).
+A run is a folder with log.txt, run.json (its options) and hella_<step>.npz, the losses of each
+HellaSwag item's endings; an old run has hella_<step>.npy, whether the model was right. A log.txt
+without run.json is read as build-nanogpt's, whose format is the same. Runs that differ only in
+their seed share a row: mean (low to high).
 
 The lines are sorted by validation loss: that on the full set (val_full) if all comparable runs have
 it. Runs that are in progress, that changed their training on the way, or that differ from most runs
 in their data (the name of the data folder), their tokens or their schedule, are not comparable:
 they stand below the others, with the reason.
+
+Losses per token of two vocabularies do not compare, as their tokens differ in length. Such runs are
+comparable if they were validated on the same text, by the same --val_bytes, and trained on as much
+text, within 2% (tokens times bytes per token of the validation text). Their batches and steps may
+differ. Then the table, --plot and --effects show bits per byte of the validation text, and
+HellaSwag's answer is the ending with the lowest loss per byte, not per token; old runs show "-".
 
 HellaSwag is compared item by item with the first line: the difference in points, its 95% interval
 and a p-value. One run against one run is tested with McNemar's exact test (Dietterich 1998,
@@ -40,10 +47,12 @@ import numpy as np
 from common import RunConfig
 from fineweb import Parser, fail, one_line_errors
 
-# Runs are comparable only if these options are equal.
-SETTING = ("data_dir", "vocab_size", "block_size", "total_batch_size", "max_steps", "warmup_steps",
-           "learning_rate", "min_lr_ratio", "val_tokens", "init_from")
-# The options of these that --effects studies like any other option that differs.
+# Runs are comparable only if these options are equal. Those of TOKENIZED may differ between
+# vocabularies, as one text has other tokens in each.
+TOKENIZED = ("data_dir", "block_size", "total_batch_size", "max_steps", "warmup_steps",
+             "val_tokens")
+SETTING = ("vocab_size", *TOKENIZED, "learning_rate", "min_lr_ratio", "val_bytes", "init_from")
+# The options of SETTING that --effects studies like any other option that differs.
 STUDIED = {"learning_rate", "warmup_steps", "min_lr_ratio"}
 # These options may change when a run resumes: what is trained stays the same.
 NEUTRAL = {field.name for field in fields(RunConfig)} - {"data_dir", "dtype", "seed"}
@@ -52,18 +61,26 @@ NEUTRAL |= {"batch_size", "chunk_size", "recompute"}
 HARMLESS = NEUTRAL - {"val_tokens"} | {"dtype", "seed"}
 # Any other option that differs is named in the remarks.
 
+# The streams of log.txt that the table may show.
+LOSSES = {"val": "validation loss", "val_full": "full validation loss", "bpb": "bits per byte"}
+
 # Types of the values in run.json; "params.total" stands for info["params"]["total"].
 NUMBER = int | float
 RUN_JSON = {
     "arch": str, "device": str, "flops_per_token": NUMBER,
-    "tokens_per_second": NUMBER | None,  # None before the first checkpoint
+    "tokens_per_second": NUMBER | None,
     "params": dict, "params.total": NUMBER, "params.active": NUMBER,
+    "vocab": dict | None, "vocab.sha256": str | None,  # None: GPT-2's or unknown
+    "val_text": dict | None, "val_text.bytes": int, "val_text.sha256": str,
+    "bytes_per_token": NUMBER | None,
     "config": dict, "config.data_dir": str, "config.vocab_size": NUMBER,
     "config.total_batch_size": NUMBER, "config.max_steps": NUMBER,
     "config.hellaswag_file": str, "config.hella_limit": NUMBER}
+# What an old run.json lacks, or has only after the first checkpoint.
+UNKNOWN = {"tokens_per_second": None, "vocab": None, "val_text": None, "bytes_per_token": None}
 # The content of run.json for a run of build-nanogpt, which writes none. NaN and None mean unknown.
 BUILD_NANOGPT = {
-    "flops_per_token": math.nan, "tokens_per_second": None,
+    "flops_per_token": math.nan,
     "params": {"total": math.nan, "active": math.nan},
     "config": {"data_dir": "edu_fineweb10B", "vocab_size": 50304, "total_batch_size": 524288,
                "max_steps": 19073, "hellaswag_file": "", "hella_limit": 10042}}
@@ -124,6 +141,10 @@ class Result:
         options = {name: value for name, value in self.config.items() if name not in HARMLESS}
         options["data_dir"] = folder_name(options["data_dir"])
         options["init_from"] = options.get("init_from", "")  # only GPT-2 has this option
+        vocab, text = self.info["vocab"], self.info["val_text"]
+        if vocab and vocab["sha256"]:  # this tells vocabularies of one size apart
+            options["vocab_size"] = f"{options['vocab_size']} ({vocab['sha256'][:8]})"
+        options["val_bytes"] = f"{text['bytes']} ({text['sha256'][:8]})" if text else 0
         return options
 
     @property
@@ -148,13 +169,19 @@ class Result:
         curves = [self.curves[name] for name in ("val", "val_full") if self.curves[name]]
         return not all(math.isfinite(curve[max(curve)]) for curve in curves)
 
-    def correct(self, step):
-        """Return which HellaSwag items were right at a step, bool (items,), or None if unknown."""
-        path = os.path.join(self.folder, f"hella_{step}.npy")
+    def correct(self, step, unit):
+        """Return which HellaSwag items were right at a step by the loss per unit, "tokens" or
+        "bytes": bool (items,), or None if unknown."""
+        path = os.path.join(self.folder, f"hella_{step}.npz")
+        if unit == "tokens" and not os.path.exists(path):
+            path = os.path.join(self.folder, f"hella_{step}.npy")  # of an old run
         if step is None or not os.path.exists(path):
             return None
         try:
             correct = np.load(path)
+            if path.endswith(".npz"):
+                losses = correct["losses"] / correct[unit]  # of the endings: (items, 4)
+                correct = losses.argmin(1) == correct["labels"]
             if correct.ndim != 1 or correct.dtype != bool or len(correct) == 0:
                 raise ValueError
         except Exception:  # np.load raises many kinds of error
@@ -170,14 +197,17 @@ def shown(value):
     return "''" if value == "" else value
 
 
+def size(n_bytes):
+    return f"{n_bytes / 1e9:.3g} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.3g} MB"
+
+
 def check_types(info):
     """Raise an error that names the key if a value of run.json is missing or has a wrong type."""
     for name, types in RUN_JSON.items():
-        value = info
-        for key in name.split("."):
-            value = value[key]
-        if not isinstance(value, types):
-            raise TypeError(f"{name} cannot be {value!r}")
+        parent, _, key = name.rpartition(".")
+        values = info[parent] if parent else info
+        if values is not None and not isinstance(values[key], types):
+            raise TypeError(f"{name} cannot be {values[key]!r}")
     starts = info["starts"]
     if not all(isinstance(start["step"], int) for start in starts):
         raise TypeError("the step of a start is not a number")
@@ -200,10 +230,10 @@ def read_result(path):
     run_json = os.path.join(folder, "run.json")
     has_run_json = os.path.exists(run_json)
     # the folder takes the place of the architecture, so that no other run joins the group
-    info = {"arch": folder, **BUILD_NANOGPT}
+    info = {"arch": folder, **UNKNOWN, **BUILD_NANOGPT}
     if has_run_json:
         with open(run_json) as file:
-            info = {"tokens_per_second": None} | json.load(file)
+            info = UNKNOWN | json.load(file)
     # before there was a list of starts, run.json described the only one
     info["starts"] = info.get("starts") or [{"step": 0, "config": info["config"]}]
     if has_run_json:
@@ -240,19 +270,34 @@ class Group:
         self.options = first.options
         self.changes = first.changes
         self.setting = {name: self.options.get(name) for name in SETTING}
-        # GPT-2's tokenizer serves every larger vocabulary: the tokens above are padding
-        self.setting["vocab_size"] = min(self.options["vocab_size"], 50257)
+        # tokens above a vocabulary are padding; GPT-2's serves every larger size
+        own_vocab = self.info["vocab"] and self.info["vocab"]["sha256"]
+        self.setting["vocab_size"] = own_vocab or min(first.config["vocab_size"], 50257)
+        tokens = self.options["max_steps"] * self.options["total_batch_size"]
+        self.text = tokens * (self.info["bytes_per_token"] or math.nan)  # bytes to train on
         self.steps = min(result.steps for result in results)
-        self.curves = {name: self.common_curve(name) for name in ("val", "val_full", "hella")}
-        self.val_step = max(self.curves["val"], default=None)
-        self.losses = self.curves["val"].get(self.val_step, [])  # a value for each run
-        self.hella_step = max(self.curves["hella"], default=None)
-        self.accuracies = self.curves["hella"].get(self.hella_step, [])
+        self.curves = {name: self.common_curve(name) for name in (*LOSSES, "hella")}
         same_items = all(result.items == first.items for result in results)
         self.items = first.items if same_items else None
-        self.correct = self.correct_at(self.hella_step)
+        self.show("val")
         self.reasons = [] if first.has_run_json else [NO_RUN_JSON]  # why it is not comparable
         self.remarks = []  # what else sets it apart from other groups
+
+    def show(self, stream):
+        """Let the table show the last value of a stream of LOSSES, and HellaSwag's accuracy: with
+        "bpb" by the loss per byte, else per token."""
+        self.val_step = max(self.curves[stream], default=None)
+        self.losses = self.curves[stream].get(self.val_step, [])  # a value for each run
+        self.unit = "bytes" if stream == "bpb" else "tokens"
+        if stream == "bpb":  # the log has the accuracy per token
+            correct = {step: [result.correct(step, "bytes") for result in self.results]
+                       for step in self.curves["hella"]}
+            self.curves["hella"] = {step: [each.mean() for each in runs]
+                                    for step, runs in correct.items()
+                                    if not any(each is None for each in runs)}
+        self.hella_step = max(self.curves["hella"], default=None)
+        self.accuracies = self.curves["hella"].get(self.hella_step, [])
+        self.correct = self.correct_at(self.hella_step)
 
     def place(self):
         """Return the key that sorts the table."""
@@ -268,7 +313,7 @@ class Group:
     def correct_at(self, step):
         """Return the fraction of runs that had each HellaSwag item right at a step, float (items,),
         or None if unknown."""
-        correct = [result.correct(step) for result in self.results]
+        correct = [result.correct(step, self.unit) for result in self.results]
         complete = all(each is not None and len(each) == len(correct[0]) for each in correct)
         return np.mean(correct, axis=0) if self.items and complete else None
 
@@ -291,27 +336,44 @@ def cluster(results):
     return sorted(map(Group, clusters.values()), key=Group.place)
 
 
+def differences(group, usual):
+    """Return in what a group's setting differs from that of another, the usual one, as texts."""
+    mine, its = group.setting, usual.setting
+    other_vocabulary = mine["vocab_size"] != its["vocab_size"]
+    across = other_vocabulary and mine["val_bytes"] == its["val_bytes"] != 0
+    texts = []
+    for name in mine:
+        may_differ = name in TOKENIZED and other_vocabulary or name == "vocab_size" and across
+        if mine[name] != its[name] and not may_differ:
+            value, expected = (shown(each.options.get(name)) for each in (group, usual))
+            texts.append(f"{name}={value} instead of {expected}")
+            if name == "vocab_size":
+                texts[-1] += ": to compare vocabularies, give all runs the same --val_bytes"
+    if across and not math.isclose(group.text, usual.text, rel_tol=0.02):
+        texts.append(f"trained on about {size(group.text)} of text instead of {size(usual.text)}")
+    return texts
+
+
 def usual_group(groups):
     """Return a group with the setting of most runs, of those whose setting did not change on the
     way, if there are any. If several are equally common, the longest one wins."""
     groups = [group for group in groups if not group.changes] or groups
-    settings = [group.setting for group in groups for _ in group.results]
-    return max(groups, key=lambda g: (settings.count(g.setting), g.setting["max_steps"]))
+
+    def alike(group):
+        return sum(len(other.results) for other in groups if not differences(other, group))
+
+    return max(groups, key=lambda group: (alike(group), group.setting["max_steps"]))
 
 
-def reasons_not_comparable(group, usual):
+def reasons_not_comparable(group, usual, stream):
     """Return the reasons why a group is not comparable with groups of the usual group's setting."""
-    reasons = list(group.changes)
-    for name in group.setting:
-        if group.setting[name] != usual.setting[name]:
-            value, expected = (shown(each.options.get(name)) for each in (group, usual))
-            reasons.append(f"{name}={value} instead of {expected}")
+    reasons = group.changes + differences(group, usual)
     if not group.results[0].finished:
         reasons.append(f"in progress, step {group.steps} of {group.options['max_steps']}")
     elif not group.losses:
-        reasons.append("no validation loss")
+        reasons.append(f"no {LOSSES[stream]}")
     elif group.val_step != group.steps:
-        reasons.append(f"validation loss of step {group.val_step}, not {group.steps}")
+        reasons.append(f"{LOSSES[stream]} of step {group.val_step}, not {group.steps}")
     if group.results[0].diverged:
         reasons.append("it diverged")
     return reasons
@@ -323,8 +385,11 @@ def remark(group, groups):
     remarks = []
     same_arch = [other for other in groups if other.arch == group.arch]
     names = {name for other in same_arch for name in other.options}
-    for name in sorted(names - set(SETTING)):
-        others = groups if name in RunConfig.training_options else same_arch
+    names -= set(SETTING)  # which the reasons name
+    if group.unit == "bytes" and not group.reasons:
+        names |= set(TOKENIZED) & group.options.keys()
+    for name in sorted(names):
+        others = groups if name in (*RunConfig.training_options, *TOKENIZED) else same_arch
         most_common = mode(other.options[name] for other in others if name in other.options)
         if name not in group.options:
             remarks.append(f"{name} is not in its run.json")
@@ -349,8 +414,7 @@ def choose_stream(groups):
         return "val"
     for group in groups:
         if group.steps in group.curves["val_full"]:
-            group.val_step = group.steps
-            group.losses = group.curves["val_full"][group.steps]
+            group.show("val_full")
         elif group.losses:
             group.remarks.append("validation loss: val, not val_full")
     return "val_full"
@@ -358,17 +422,26 @@ def choose_stream(groups):
 
 def rank(results, studied=()):
     """Return the groups in the order of the table, with reasons, remarks and distinct labels, and
-    the stream of the validation loss that they show. The options `studied` may differ."""
+    the stream of LOSSES that they show. The options `studied` may differ."""
     groups = cluster(results)
     for group in groups:
         group.setting = {k: value for k, value in group.setting.items() if k not in studied}
     described = [group for group in groups if group.results[0].has_run_json]
+    usual = usual_group(described or groups)
+    # {vocabulary: a group of it that may be compared with the usual group}
+    peers = {group.setting["vocab_size"]: group for group in groups
+             if not differences(group, usual)}
+    stream = "bpb" if len(peers) > 1 else "val"
+    for group in groups:
+        group.show(stream)
     for group in described:
-        group.reasons = reasons_not_comparable(group, usual_group(described))
+        peer = peers.get(group.setting["vocab_size"], usual)
+        group.reasons = reasons_not_comparable(group, peer, stream)
         group.remarks = remark(group, described)
         if sum(other.arch == group.arch for other in described) > 1:
             group.label += f" ({os.path.basename(group.results[0].folder)})"
-    stream = choose_stream(groups)
+    if stream == "val":
+        stream = choose_stream(groups)
     for group in groups:
         if group.losses and group.hella_step not in (None, group.val_step):
             group.remarks.append(f"HellaSwag of step {group.hella_step}")
@@ -436,14 +509,16 @@ def table_row(group, first, stream):
     """Return the line of a group as {column: cell}. `first` is the group of the first line."""
     points, p = difference(group, first)
     reasons = ["not comparable: " + "; ".join(group.reasons)] if group.reasons else []
+    vocabulary = {"vocabulary": str(group.options["vocab_size"])} if stream == "bpb" else {}
     return {
         "model": group.label, "runs": str(len(group.results)),
         "parameters": number(group.info["params"]["total"]),
         "active": number(group.info["params"]["active"]),
         "MFLOP/token": number(group.info["flops_per_token"] / 1e6, ",.1f"),
         "tokens": number(group.results[0].tokens(group.steps)),
-        {"val": "", "val_full": "full "}[stream] + "validation loss": mean_and_range(group.losses),
-        "HellaSwag acc_norm": accuracy(group),
+        **vocabulary,
+        LOSSES[stream]: mean_and_range(group.losses),
+        "HellaSwag " + ("accuracy per byte" if stream == "bpb" else "acc_norm"): accuracy(group),
         "points to the first": points, "p": p,
         "tokens/s": throughput(group),
         "remarks": "; ".join(reasons + group.remarks)}
@@ -550,7 +625,7 @@ def noise(groups, residuals, n_terms):
 
 
 def effects(groups, stream):
-    """Return the effects of the options on the validation loss, as a table and notes in text."""
+    """Return the effects of the options on a stream of LOSSES, as a table and notes in text."""
     for group in groups:
         if group.reasons:
             fail(f"--effects: {group.label} is not comparable: {'; '.join(group.reasons)}")
@@ -572,12 +647,12 @@ def effects(groups, stream):
                   key=lambda row: (" x " in row[0], -abs(row[1])))
     rows = [{"option": term, "effect": f"{effect:+.4f}", "standard error": number(error, ".4f")}
             for term, effect, error in rows if term != "mean"]
-    title = {"val": "Validation loss", "val_full": "Full validation loss"}[stream]
     baseline = ", ".join(f"{name}={shown(levels[0])}" for name, levels in options.items())
     followers = [f"{name} follows {', '.join(leaders)}: their effects include its own."
                  for name, leaders in follows.items()]
     return "\n".join([
-        f"{title}: {len(losses)} runs, {len(groups)} settings. Baseline, the best: {baseline}.", "",
+        f"{LOSSES[stream].capitalize()}: {len(losses)} runs, {len(groups)} settings. "
+        f"Baseline, the best: {baseline}.", "",
         table(rows), "", source, *followers, *unclear,
         "Effect: the loss at this level minus that at the baseline, averaged over the others.",
         "Pair a x b: half of what the effect of a gains when b leaves the baseline.",
@@ -599,7 +674,7 @@ def legend_label(group, groups):
 
 
 def draw(axis, groups, name, unit):
-    """Draw the stream "val" or "hella" of each group over "tokens" or "FLOPs"."""
+    """Draw the stream "val", "bpb" or "hella" of each group over "tokens" or "FLOPs"."""
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     scales = [group.info["flops_per_token"] if unit == "FLOPs" else 1.0 for group in groups]
@@ -635,13 +710,13 @@ def draw(axis, groups, name, unit):
         short = EngFormatter(sep="")
         axis.xaxis.set_major_formatter(lambda x, _: short(x).replace("G", "B"))
     axis.set(xlabel=unit, xlim=(0, 1.05 * end))
-    axis.set_ylabel({"val": "validation loss", "hella": "HellaSwag ± standard error"}[name])
+    axis.set_ylabel((LOSSES | {"hella": "HellaSwag ± standard error"})[name])
     axis.grid(alpha=0.3)
 
 
-def plot(groups, path):
-    """Draw validation loss and HellaSwag over tokens and, if the models differ in FLOPs per token,
-    over FLOPs. Shades: from the lowest to the highest seed."""
+def plot(groups, path, stream):
+    """Draw validation loss or bits per byte, and HellaSwag, over tokens and, if the models differ
+    in FLOPs per token, over FLOPs. Shades: from the lowest to the highest seed."""
     try:
         import matplotlib
     except ImportError:
@@ -654,7 +729,7 @@ def plot(groups, path):
     width = 5.5 * len(units)
     figure, axes = plt.subplots(2, len(units), figsize=(width, 7.5), sharey="row", squeeze=False,
                                 layout="constrained")
-    for row, name in zip(axes, ("val", "hella")):
+    for row, name in zip(axes, (stream.removesuffix("_full"), "hella")):
         for axis, unit in zip(row, units):
             draw(axis, groups, name, unit)
     handles, labels = axes[0, 0].get_legend_handles_labels()
@@ -704,7 +779,7 @@ def main():
         rows = [table_row(group, groups[0], stream) for group in groups]
         print(table(rows), flush=True)
     if args.plot:
-        plot(groups, args.plot)
+        plot(groups, args.plot, stream)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ what cannot be compared, its plot, and its errors.
     pytest -q test_compare.py                              # this file alone; test_models.py says what to install
     pytest -q test_compare.py -k "sign or p_values"        # the statistics of HellaSwag
     pytest -q test_compare.py -k effects                   # those of --effects
+    pytest -q test_compare.py -k vocabularies              # runs with different vocabularies
 
 The references are scipy's binomial test, the table of McNemar's test, a simulation of equal models, made-up effects
 that must be found again, and formulas in the test itself. The comparison with scipy is skipped where scipy is not
@@ -69,11 +70,16 @@ def made_up(folder, arch="gpt2", val=4.0, hits=None, steps=1000, every=500, flop
 
 def started(folder, *starts):
     """Give the run.json of a made-up run a list of starts: (step, what differs in its config), the last one on top."""
-    with open(f"{folder}/run.json") as f:
-        run = json.load(f)
+    run = read_json(f"{folder}/run.json")
     run["starts"] = [{"step": step, "config": run["config"] | options} for step, options in starts]
     run["config"] = run["starts"][-1]["config"]
     write_json(f"{folder}/run.json", run)
+
+
+def read_json(path):
+    """Return the object in a JSON file."""
+    with open(path) as f:
+        return json.load(f)
 
 
 def write_json(path, content):
@@ -256,8 +262,7 @@ def test_what_changed_on_the_way_is_counted_and_named(capsys):
         assert f"{name} changed at step 20: {old} -> {new};" in rows["mistral"]["remarks"] + ";"
     assert rows["deepseek"]["remarks"] == "not comparable: in progress, step 500 of 1000"
     started("log/a", (0, {}), (300, {}))
-    with open("log/a/run.json") as f:
-        run = json.load(f)
+    run = read_json("log/a/run.json")
     run["starts"][0]["config"] = {}  # what an old config lacks did not change
     write_json("log/a/run.json", run)
     (row,) = compared(capsys, "log/a")
@@ -350,6 +355,9 @@ def test_logs_of_other_programs_are_named(capsys):
         assert line.startswith("skipped: ") and f"log/{name}/log.txt {problem}" in line
 
 
+ADVICE = "to compare vocabularies, give all runs the same --val_bytes"
+
+
 def test_larger_vocabularies_are_gpt2s(capsys):
     """Sizes from 50,257 upwards count as equal, and the remarks show the real one."""
     made_up("log/a", "gpt2", 3.0)
@@ -357,11 +365,166 @@ def test_larger_vocabularies_are_gpt2s(capsys):
     made_up("log/c", "phi", 3.2, vocab_size=60000)
     made_up("log/d", "gemma", 3.3, vocab_size=256)
     assert [row["remarks"] for row in compared(capsys)] == [
-        "", "", "", "not comparable: vocab_size=256 instead of 50304"]
+        "", "", "", f"not comparable: vocab_size=256 instead of 50304: {ADVICE}"]
     (row,) = [row for row in compared(capsys, "log/a", "log/d") if row["model"] == "gpt2"]
-    assert row["remarks"] in ("", "not comparable: vocab_size=50304 instead of 256")
+    assert row["remarks"] in ("", f"not comparable: vocab_size=50304 instead of 256: {ADVICE}")
     made_up("log/e", "phi", 3.3, vocab_size=256)
     assert "vocab_size=50304 instead of 256" in compared(capsys, "log/a", "log/d", "log/e")[-1]["remarks"]
+
+
+def validated(folder, bpb, vocab=None, text="t", bytes_per_token=4.0):
+    """Give a made-up run what one with --val_bytes has: bits per byte of a text and, perhaps, its own vocabulary."""
+    run = read_json(f"{folder}/run.json")
+    size, last = run["config"]["vocab_size"], run["config"]["max_steps"]
+    run["vocab"] = {"name": "own" if vocab else "gpt2", "tokens": size, "sha256": vocab and vocab * 64}
+    run["val_text"] = {"bytes": 3000, "sha256": text * 64}
+    run["bytes_per_token"] = bytes_per_token
+    write_json(f"{folder}/run.json", run)
+    add_to_log(folder, f"{last // 2} bpb {bpb + 1:.4f}", f"{last} bpb {bpb:.4f}")
+
+
+# the same text in shorter tokens, cut into other steps
+OWN = dict(vocab_size=8192, data_dir="own", block_size=9, total_batch_size=500, warmup_steps=3, max_steps=2500,
+           steps=2500, val_tokens=8)
+
+
+def test_vocabularies_are_compared_by_bits_per_byte(capsys):
+    for seed, bpb in (1, 1.10), (2, 1.14):
+        made_up(f"log/{seed}", "gpt2", 3.0, seed=seed)
+        validated(f"log/{seed}", bpb, bytes_per_token=5.0)
+    made_up("log/b", "llama", 2.5, **OWN)
+    validated("log/b", 1.2, "b")
+    made_up("log/c", "llama", 2.4, **OWN)  # another vocabulary of the same size
+    validated("log/c", 1.3, "c")
+    made_up("log/padded", "phi", 2.3, **OWN | {"vocab_size": 8256})  # the same as the last one, and padding
+    validated("log/padded", 1.15, "c")
+    rows = compared(capsys)
+    assert [row["model"] for row in rows] == ["gpt2", "phi", "llama (b)", "llama (c)"]
+    assert [row["bits per byte"] for row in rows] == ["1.1200 (1.1000 to 1.1400)", "1.1500", "1.2000", "1.3000"]
+    assert [row["vocabulary"] for row in rows] == ["50304", "8256 (cccccccc)", "8192 (bbbbbbbb)", "8192 (cccccccc)"]
+    assert not any("loss" in column or "acc_norm" in column for column in rows[0])
+    assert [row["remarks"] for row in rows] == [
+        "data_dir=data; max_steps=1000; total_batch_size=1000; warmup_steps=10", "", "", ""]
+    rows = compared(capsys, "log/b", "log/c")
+    assert [row["bits per byte"] for row in rows] == ["1.2000", "1.3000"]
+    rows = compared(capsys, "log/padded", "log/c")  # one vocabulary: its loss per token is enough
+    assert [row["validation loss"] for row in rows] == ["2.3000", "2.4000"]
+    assert "vocabulary" not in rows[0] and "bits per byte" not in rows[0]
+    assert [row["remarks"] for row in rows] == ["", ""]
+
+
+def test_vocabularies_that_cannot_be_compared_say_why(capsys):
+    for i in range(3):
+        made_up(f"log/{i}", "llama", 2.0, **OWN, seed=i)
+        validated(f"log/{i}", 1.0, "a")
+    made_up("log/near", "gpt2", 3.0)
+    validated("log/near", 1.1, bytes_per_token=4.91)
+    made_up("log/far", "phi", 2.0, **OWN)
+    validated("log/far", 0.9, "b", bytes_per_token=4.09)
+    made_up("log/large", "gemma", 2.0, **OWN | {"total_batch_size": 10 ** 6})
+    validated("log/large", 0.9, "c")
+    made_up("log/rate", "rwkv", 2.0, **OWN, learning_rate=1.0)
+    validated("log/rate", 0.9, "d")
+    made_up("log/half", "mistral", 2.0, **OWN | {"max_steps": 1250, "steps": 1250, "every": 250})
+    validated("log/half", 0.9, "a")
+    made_up("log/steps", "hybrid", 3.0, max_steps=990, steps=990, every=495)  # in a vocabulary steps count, too
+    validated("log/steps", 0.9, bytes_per_token=4.91)
+    made_up("log/text", "gpt2", 2.0, **OWN | {"vocab_size": 256})
+    validated("log/text", 0.9, text="u")
+    made_up("log/old", "mta", 2.0)
+    made_up("log/running", "deepseek", 2.0, steps=500)
+    validated("log/running", 0.9, bytes_per_token=5.0)
+    with open("log/running/log.txt") as f:
+        *lines, _ = f
+    with open("log/running/log.txt", "w") as f:
+        f.writelines(lines)
+    first, second, *rows = compared(capsys)
+    assert [first["model"], second["model"]] == ["llama", "gpt2 (near)"]
+    assert "not comparable" not in first["remarks"] + second["remarks"]
+    assert {row["model"]: row["remarks"].removeprefix("not comparable: ") for row in rows} == {
+        "phi": "trained on about 5.11 MB of text instead of 5 MB",
+        "gemma": "trained on about 10 GB of text instead of 5 MB",
+        "rwkv": "learning_rate=1.0 instead of None",
+        "mistral": "max_steps=1250 instead of 2500",
+        "hybrid": "max_steps=990 instead of 1000",
+        "gpt2 (text)": f"vocab_size=256 instead of 8192 (aaaaaaaa): {ADVICE}; "
+                       "val_bytes=3000 (uuuuuuuu) instead of 3000 (tttttttt)",
+        "mta": "val_bytes=0 instead of 3000 (tttttttt); no bits per byte",
+        "deepseek": "in progress, step 500 of 1000"}
+    bits = {row["model"]: row["bits per byte"] for row in rows}
+    assert bits["deepseek"] == "1.9000" and bits["mta"] == "-"
+    rows = compared(capsys, "log/0", "log/running")  # the first vocabulary has finished, the other not yet
+    assert [row["bits per byte"] for row in rows] == ["1.0000", "1.9000"]
+
+
+def test_runs_of_one_vocabulary_are_validated_on_the_same_text(capsys):
+    for i, text in enumerate("ttu"):
+        made_up(f"log/{i}", "gpt2", 3.0 - i, seed=i)
+        validated(f"log/{i}", 1.0 + i, text=text)
+    made_up("log/old", "llama", 0.5)
+    made_up("log/no_val_bytes", "phi", 0.5)
+    write_json("log/no_val_bytes/run.json", read_json("log/no_val_bytes/run.json") | {
+        "vocab": {"name": "gpt2", "tokens": 50257, "sha256": None}, "val_text": None, "bytes_per_token": None})
+    rows = compared(capsys, "log/0", "log/1", "log/2")
+    assert [(row["runs"], row["validation loss"], row["remarks"]) for row in rows] == [
+        ("2", "2.5000 (2.0000 to 3.0000)", ""),
+        ("1", "1.0000", "not comparable: val_bytes=3000 (uuuuuuuu) instead of 3000 (tttttttt)")]
+    assert compared(capsys, "log/0", "log/1", "log/old")[-1]["remarks"] == (
+        "not comparable: val_bytes=0 instead of 3000 (tttttttt)")
+    assert [row["remarks"] for row in compared(capsys, "log/old", "log/no_val_bytes")] == ["", ""]
+
+
+def test_hellaswag_across_vocabularies_is_per_byte(capsys):
+    rng = np.random.default_rng(0)
+    right = {}
+    for name, vocab in ("a", None), ("b", "b"), ("old", "c"):
+        losses = rng.random((100, 4), np.float32) + 1
+        lengths = {unit: rng.integers(2, 5, (100, 4), np.int32) for unit in ("tokens", "bytes")}
+        labels = rng.integers(0, 4, 100)
+        for unit in lengths:
+            right[name, unit] = np.array([np.argmin(loss / length) == label
+                                          for loss, length, label in zip(losses, lengths[unit], labels)])
+        made_up(f"log/{name}", f"gpt2-{name}", 3.0, right[name, "tokens"])
+        validated(f"log/{name}", 1.1 if vocab else 1.0, vocab)
+        if name != "old":
+            os.remove(f"log/{name}/hella_1000.npy")
+            np.savez(f"log/{name}/hella_1000.npz", losses=losses, **lengths, labels=labels)
+    for name in "a", "b":
+        correct = right[name, "tokens"]
+        (row,) = compared(capsys, f"log/{name}")
+        assert row["HellaSwag acc_norm"] == f"{correct.mean():.4f} ± {correct.std() / 10:.4f}"
+    rows = compared(capsys)
+    column = "HellaSwag accuracy per byte"
+    for name, row in zip("ab", rows):
+        correct = right[name, "bytes"]
+        assert row[column] == f"{correct.mean():.4f} ± {correct.std() / 10:.4f}"
+        assert correct.sum() != right[name, "tokens"].sum()
+    assert rows[2][column] == rows[2]["points to the first"] == rows[2]["p"] == "-"
+    assert "HellaSwag's items are not all there" in rows[2]["remarks"]
+    a, b = right["a", "bytes"], right["b", "bytes"]
+    assert rows[1]["points to the first"].startswith(f"{int(b.sum()) - int(a.sum()):+.2f} [")
+    assert rows[1]["p"] == f"{compare.sign_test(int((b & ~a).sum()), int((a & ~b).sum())):.2g}"
+
+
+def test_vocabularies_in_the_plot_and_in_effects(monkeypatch, capsys):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    vocabularies = {"a": (5.0, {}), "b": (4.0, OWN)}
+    for (vocab, (length, options)), pos in itertools.product(vocabularies.items(), ("learned", "rope")):
+        made_up(f"log/{vocab}-{pos}", "hybrid", 2.0, **options, pos=pos)
+        validated(f"log/{vocab}-{pos}", 1.0 + 0.1 * (vocab == "b") + 0.02 * (pos == "rope"), vocab,
+                  bytes_per_token=length)
+    capsys.readouterr()
+    show("--effects")
+    text = capsys.readouterr().out
+    assert text.startswith("Bits per byte: 4 runs, 4 settings. ")
+    assert dict(re.findall(r"^\| (\S+=.*?) +\| ([+-]\S+)", text, re.M)) == {
+        "vocab_size=8192 (bbbbbbbb)": "+0.1000", "pos=rope": "+0.0200",
+        "vocab_size=8192 (bbbbbbbb) x pos=rope": "+0.0000"}
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *args, **options: None)  # which is slow
+    show("--plot=curves.png")
+    loss, _ = pyplot.gcf().axes
+    assert loss.get_ylabel() == "bits per byte"
+    assert loss.get_lines()[0].get_ydata().tolist() == [2.0, 1.0]
 
 
 def test_compare_reads_real_runs_and_draws(monkeypatch, capsys):
@@ -373,6 +536,7 @@ def test_compare_reads_real_runs_and_draws(monkeypatch, capsys):
     assert first["tokens"] == second["tokens"] == "4,096"
     assert all(row["active"] != "-" for row in (first, second, third))
     assert float(first["full validation loss"]) == stream_of("val_full", f"log/{first['model']}-tiny")[-1]
+    assert pyplot.gcf().axes[0].get_ylabel() == "validation loss"  # val, which has more than one step
     assert pyplot.imread("curves.png").std() > 0.05
     assert os.path.getsize("curves.png") < 200_000
 
@@ -400,7 +564,8 @@ def test_the_plot_shows_errors_chance_and_short_labels(capsys):
     made_up("log/c", "llama", 3.4, hits)
     axes, labels = drawn(capsys)
     assert labels == ["gpt2 n_layer=3", "gpt2 n_layer=2", "llama"]
-    _, hella = axes  # equal FLOPs per token: no second column
+    loss, hella = axes  # equal FLOPs per token: no second column
+    assert loss.get_ylabel() == "validation loss"
     for axis in axes:
         assert axis.get_xlabel() == "tokens"
         assert ticks(axis)[:4] == ["0", "200k", "400k", "600k"]
@@ -712,6 +877,18 @@ def test_compare_says_in_a_line_what_is_wrong(monkeypatch, capsys):
         np.save(hits, array)
         bad(capsys, lambda: attempt("log/a"), hits, "move it away")
     np.save(hits, np.ones(5, bool))
+    endings = dict.fromkeys(("losses", "tokens", "bytes"), np.ones((5, 4))) | {"labels": np.zeros(5, int)}
+    npz = "log/a/hella_1000.npz"
+    short = {"tokens": np.ones((3, 4))}, {"labels": np.zeros(3, int)}
+    for arrays in {}, {"losses": endings["losses"]}, *(endings | each for each in short):
+        np.savez(npz, **arrays)
+        bad(capsys, lambda: attempt("log/a"), npz, "move it away")
+    for content in b"", b"PK", b"\x93NUMPY":
+        with open(npz, "wb") as f:
+            f.write(content)
+        bad(capsys, lambda: attempt("log/a"), npz, "move it away")
+    np.savez(npz, **endings)
+    attempt("log/a")
 
     def is_damaged():
         capsys.readouterr()
@@ -720,14 +897,16 @@ def test_compare_says_in_a_line_what_is_wrong(monkeypatch, capsys):
         assert message.count("\n") == 1
         assert "log/a/log.txt, or run.json beside it, is damaged" in message
 
-    with open("log/a/run.json") as f:
-        whole = json.load(f)
+    whole = read_json("log/a/run.json")
     for text in "{", "[" * 100_000:
         with open("log/a/run.json", "w") as f:
             f.write(text)
         is_damaged()
     for content in [], {}, whole | {"arch": 1}, whole | {"params": {}}, whole | {"flops_per_token": "x"}:
         write_json("log/a/run.json", content)
+        is_damaged()
+    for content in {"vocab": {}}, {"val_text": {"bytes": 1, "sha256": None}}, {"bytes_per_token": "x"}:
+        write_json("log/a/run.json", whole | content)
         is_damaged()
     for starts in "x", [1], [{"step": 0}], [{"step": "x", "config": whole["config"]}], [{"step": 0, "config": None}]:
         write_json("log/a/run.json", whole | {"starts": starts})
