@@ -42,10 +42,10 @@ def free_memory(device):
         return kilobytes * 1024 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def check_memory(cfg, world, Model, accumulation):
-    """Say what a step needs, and end if that is more memory than is free. The estimate, good to
-    30%, comes from the forward pass of one row through a second copy of the model."""
-    free = free_memory(world.device)
+def estimate_memory(cfg, world, Model, compiled):
+    """Return (bytes for any batch, bytes for each row of it, seconds of a forward pass of a row).
+    The estimate, good to 30%, comes from the forward pass of one row through a second copy of the
+    model."""
     kept = {}  # bytes of what the forward pass keeps for the backward pass
 
     def keep(tensor):
@@ -70,10 +70,17 @@ def check_memory(cfg, world, Model, accumulation):
     if world.dtype != torch.float32:
         fixed += 2 * n_params  # the weights in 16 bits, which are kept once, not for each row
         per_row -= 2 * n_params
-    if cfg.compile:
+    if compiled:
         per_row *= 0.65  # fused operations keep less: found with five of the models on an H200
     else:
         per_row += 3 * 4 * cfg.block_size * cfg.vocab_size  # logits and their gradients, in fp32
+    return fixed, per_row, seconds
+
+
+def check_memory(cfg, world, Model, accumulation):
+    """Say what a step needs, and end if that is more memory than is free."""
+    free = free_memory(world.device)
+    fixed, per_row, seconds = estimate_memory(cfg, world, Model, cfg.compile)
     need = fixed + cfg.batch_size * per_row
     text = f"--batch_size={cfg.batch_size} needs about {need / 2**30:.1f} GiB of memory"
     if free is not None:
