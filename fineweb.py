@@ -615,8 +615,8 @@ def get_tokenizer(vocab, vocab_size):
     If there is none, say why and return None: GPT-2's needs a model of 50,257 tokens or more, and
     tiktoken must find it in its cache or download it. End if the model has too few tokens."""
     import tiktoken
-    from tiktoken_ext.openai_public import r50k_pat_str  # how GPT-2 cuts text into words
     if vocab:
+        from tiktoken_ext.openai_public import r50k_pat_str  # how GPT-2 cuts text into words
         if vocab_size < n_tokens(vocab):
             fail(f"--vocab_size={vocab_size} is less than the {n_tokens(vocab)} tokens of the data "
                  f"folder's {VOCAB_FILE}: leave the option out")

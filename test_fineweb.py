@@ -32,7 +32,7 @@ import numpy as np
 import pytest
 
 import fineweb
-from conftest import QUICK, ROOT, Answer, serve, shards, shell
+from conftest import QUICK, ROOT, Answer, bad, serve, shards, shell
 
 FINEWEB = [sys.executable, os.path.join(ROOT, "fineweb.py")]
 # matches tqdm's bars
@@ -330,6 +330,8 @@ import os
 import numpy
 
 class Encoding:
+    eot_token = 50256
+
     def encode_to_numpy(self, text, disallowed_special):
         class PanicException(BaseException):
             pass
@@ -380,7 +382,7 @@ def test_unforeseen_errors_between_documents():
             return f"place {document}"
 
     with pytest.raises(SystemExit) as e:
-        list(fineweb.tokenized(Source(), 7, 1))
+        list(fineweb.tokenized(Source(), 7, "", 1))
     assert e.value.code == "error: stopped at place 7 or soon after it (KeyError: 'unforeseen')"
 
 
@@ -583,7 +585,7 @@ def test_training_warns_of_a_gap(tmp_path, processes):
     """A gap in the train shards is one line, however many processes read them."""
     shards("data")
     os.unlink("data/x_train_000002.bin")
-    options = ["--data_dir=data", *QUICK, "--max_steps=2", "--vocab_size=256"]
+    options = ["--data_dir=data", *QUICK, "--max_steps=2"]
     result = shell("train_gpt2.py", *options, processes=0 if processes == 1 else processes)
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("data lacks train shard 2:") == 1
@@ -598,7 +600,7 @@ WITHOUT_TEXT = b'{"text": "a"}\n{"id": 1, "body": "b"}\n'
 FRESH = {"options": {}, "shard": 0, "document": 0, "token": 0, "tokens": 0, "counts": [], "finished": False}
 BROKEN_PROGRESS = [[], 3, None, "text", {}, FRESH | {"options": []}, FRESH | {"shard": "1"}, FRESH | {"shard": -1},
                    FRESH | {"document": 1.5}, FRESH | {"token": None}, FRESH | {"tokens": True}, FRESH | {"counts": 3},
-                   FRESH | {"counts": ["a"]}, FRESH | {"finished": 1}]
+                   FRESH | {"counts": ["a"]}, FRESH | {"finished": 1}, FRESH | {"vocab": None}]
 BAD = {  # case: files to make, options, what the one line must say
     "no match": ({}, "--files none*.txt", "none*.txt"),
     "an empty folder": (
@@ -655,14 +657,21 @@ BAD = {  # case: files to make, options, what the one line must say
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input(gpt2_bpe, tmp_path, case):
+def test_bad_input(gpt2_bpe, tmp_path, case, monkeypatch, capsys):
+    """Run in this process, which is quick, unless the case needs other settings of the hub's client."""
     files, options, says = BAD[case]
     for name, data in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(data() if callable(data) else data)
-    env = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
-    _, errors = run_fineweb("--data_dir", "out", *options.split(), code=1, env=env, cwd=tmp_path)
-    assert_one_line(errors, says)
+    arguments = ["--data_dir", "out", "--num_proc", "1", *options.split()]
+    if case.startswith("no network"):
+        env = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+        _, errors = run_fineweb(*arguments, code=1, env=env, cwd=tmp_path)
+        assert_one_line(errors, says)
+    else:
+        monkeypatch.setattr(sys, "argv", ["fineweb.py", *arguments])
+        bad(capsys, fineweb.main, "error: ", says)
+        assert [line for line in re.split(r"[\r\n]+", capsys.readouterr().err) if line and not BARS.search(line)] == []
     if case != "foreign shards":
         assert not list(tmp_path.glob("out/*.bin"))
         assert not list(tmp_path.glob("out/*.tmp"))
