@@ -513,9 +513,8 @@ def use_checkpoint(cfg, mode, arch, Config, Model, to_hf):
         print(f"wrote {path}, step {checkpoint['step']}, to {mode.export}")
         return
     device = init_world(cfg.device, cfg.dtype, cfg.seed).device
-    tokenizer = get_tokenizer(checkpoint["vocab"], model.cfg.vocab_size)
-    if tokenizer is None:
-        sys.exit(1)  # the reason was printed
+    # without a tokenizer the reason was printed
+    tokenizer = get_tokenizer(checkpoint["vocab"], model.cfg.vocab_size) or sys.exit(1)
     print(f"{path}, step {checkpoint['step']}", file=sys.stderr)
     prompt = tokenizer.encode_ordinary(mode.sample)
     print(generate(model.to(device), tokenizer, prompt, device, cfg.seed, mode.max_new_tokens,
