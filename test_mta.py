@@ -520,7 +520,7 @@ def test_export_has_the_names_of_the_authors(monkeypatch, capsys):
         "attention.subln.weight": (16,), "attention.gate.weight": (1, 16), "attention.gate.bias": (1,),
         "attention_norm.weight": (32,), "ffn_norm.weight": (32,), "feed_forward.w1.weight": (96, 32),
         "feed_forward.w2.weight": (32, 96), "feed_forward.w3.weight": (96, 32)}
-    expected = {"tok_embeddings.weight": (256, 32), "norm.weight": (32,), "output.tied_module.weight": (256, 32)}
+    expected = {"tok_embeddings.weight": (320, 32), "norm.weight": (32,), "output.tied_module.weight": (320, 32)}
     expected |= {f"layers.0.{name}": shape for name, shape in layer.items()}
     assert {name: tuple(w.shape) for name, w in weights.items()} == expected
     model = trained_model("mta")
