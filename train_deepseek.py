@@ -26,7 +26,7 @@ bias needs hundreds of steps: in that run maxvio averages 2.96, 0.96, 0.27 and 0
 7 and 10 of 1,250 steps.
 
 Run it:
-  python train_deepseek.py --tiny                # a small model on built-in text, a minute on a CPU
+  python train_deepseek.py --tiny                # a small model on built-in text, minutes on a CPU
   python train_deepseek.py                       # one GPU, after python fineweb.py
   torchrun --nproc_per_node=8 train_deepseek.py  # eight GPUs: the same result, sooner
   torchrun --nproc_per_node=8 train_deepseek.py --resume=auto

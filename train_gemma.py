@@ -18,7 +18,7 @@ others by at least 0.05 in validation loss. Gemma 3 took 1.2 times as long there
 same tokens.
 
 Run it:
-  python train_gemma.py --tiny                # a small model on built-in text, a minute on a CPU
+  python train_gemma.py --tiny                # a small model on built-in text, minutes on a CPU
   python train_gemma.py                       # one GPU, after python fineweb.py
   torchrun --nproc_per_node=8 train_gemma.py  # eight GPUs: the same result, sooner
   torchrun --nproc_per_node=8 train_gemma.py --resume=auto

@@ -18,7 +18,7 @@ a validation loss 0.3 above LLaMA's. RMSNorm, rotary positions and SwiGLU come t
 two, so those runs do not tell which of them makes the difference.
 
 Run it:
-  python train_gpt2.py --tiny                # a small model on built-in text, a minute on a CPU
+  python train_gpt2.py --tiny                # a small model on built-in text, minutes on a CPU
   python train_gpt2.py                       # one GPU, after python fineweb.py
   torchrun --nproc_per_node=8 train_gpt2.py  # eight GPUs: the same result, sooner
   torchrun --nproc_per_node=8 train_gpt2.py --resume=auto

@@ -20,7 +20,7 @@ To compare fairly, keep the number of parameters: at the default size the MLP is
 relu2) or 2,048 (swiglu, geglu), and with 3 key-value heads 3,648 or 2,432.
 
 Run it:
-  python train_hybrid.py --tiny                # a small model on built-in text, a minute on a CPU
+  python train_hybrid.py --tiny                # a small model on built-in text, minutes on a CPU
   python train_hybrid.py --pos=learned --norm=layernorm --mlp=gelu --bias --n_kv_head=12 \
     --ffn_dim=3072                             # GPT-2
   torchrun --nproc_per_node=8 train_hybrid.py  # eight GPUs

@@ -19,7 +19,7 @@ in validation loss in the small runs of the README. A gap of less than a point o
 until several seeds confirm it.
 
 Run it:
-  python train_llama.py --tiny                # a small model on built-in text, a minute on a CPU
+  python train_llama.py --tiny                # a small model on built-in text, minutes on a CPU
   python train_llama.py                       # one GPU, after python fineweb.py
   torchrun --nproc_per_node=8 train_llama.py  # eight GPUs: the same result, sooner
   torchrun --nproc_per_node=8 train_llama.py --resume=auto

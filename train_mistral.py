@@ -15,7 +15,7 @@ through what the model has learned. A gap to LLaMA or Phi-4 of less than a point
 noise until several seeds confirm it.
 
 Run it:
-  python train_mistral.py --tiny                # a small model on built-in text, a minute on a CPU
+  python train_mistral.py --tiny                # a small model on built-in text, minutes on a CPU
   python train_mistral.py                       # one GPU, after python fineweb.py
   torchrun --nproc_per_node=8 train_mistral.py  # eight GPUs: the same result, sooner
   torchrun --nproc_per_node=8 train_mistral.py --resume=auto

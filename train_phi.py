@@ -17,7 +17,7 @@ project does not use. A gap to LLaMA or Mistral of less than a point of HellaSwa
 several seeds confirm it.
 
 Run it:
-  python train_phi.py --tiny                # a small model on built-in text, a minute on a CPU
+  python train_phi.py --tiny                # a small model on built-in text, minutes on a CPU
   python train_phi.py                       # one GPU, after python fineweb.py
   torchrun --nproc_per_node=8 train_phi.py  # eight GPUs: the same result, sooner
   torchrun --nproc_per_node=8 train_phi.py --resume=auto

@@ -21,7 +21,7 @@ plain PyTorch memory traffic limits its speed; a fused kernel would be faster. -
 memory and costs time.
 
 Run it:
-  python train_rwkv.py --tiny                # a small model on built-in text, a minute on a CPU
+  python train_rwkv.py --tiny                # a small model on built-in text, minutes on a CPU
   python train_rwkv.py                       # one GPU, after python fineweb.py
   torchrun --nproc_per_node=8 train_rwkv.py  # eight GPUs: the same result, sooner
   torchrun --nproc_per_node=8 train_rwkv.py --resume=auto
