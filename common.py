@@ -360,6 +360,8 @@ class ShardLoader:
         if cfg.val_bytes:
             self.val_tokens, text = self.tokens.first_bytes(cfg.val_bytes, tokenizer)
             self.val_text = {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
+            if len(text) < cfg.val_bytes and self.world.rank == 0:
+                print(f"{cfg.data_dir} has only {len(text):,} bytes to validate on")
         if tokenizer:
             ids = self.tokens.read(0, min(self.val_tokens, len(self.tokens)))
             self.bytes_per_token = round(token_bytes[ids].mean(), 4)

@@ -215,12 +215,12 @@ class TokenSequence:
 
     def first_bytes(self, n, tokenizer):
         """Return how many targets the first n bytes of the text take, and these bytes; all there
-        are, if that is less. The first token is no target."""
+        are, if that is less. The first token is no target, but there is at least one."""
         # a document has a token more than it has bytes at most, <|endoftext|>
         ids = self.read(0, min(2 * n, len(self)))
         ends = token_lengths(tokenizer)[ids].cumsum()
         text = tokenizer.decode_bytes(ids[ids != tokenizer.eot_token].tolist())
-        return int(np.searchsorted(ends, n)), text[:n]
+        return max(1, int(np.searchsorted(ends, n))), text[:n]
 
 
 def splits_of(path):
@@ -588,7 +588,8 @@ def vocab_of(data_dir):
     vocab = read_vocab(path) if os.path.exists(path) else ""
     progress_path = os.path.join(data_dir, "progress.json")
     if os.path.exists(progress_path):
-        with explain(f"{progress_path} is damaged", ValueError), open(progress_path) as file:
+        damages = ValueError, RecursionError
+        with explain(f"{progress_path} is damaged", *damages), open(progress_path) as file:
             progress = json.load(file)
         if isinstance(progress, dict) and progress.get("vocab", "") != digest(vocab):
             fail(f"{path} is missing, or is not the vocabulary of the shards beside it: restore it")

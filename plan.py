@@ -21,7 +21,7 @@ import torch
 
 import compare
 from common import PEAK_FLOPS, World, accumulation_steps, parse_args
-from fineweb import Parser, fail, n_tokens, one_line_errors, open_shards, vocab_of
+from fineweb import Parser, fail, one_line_errors, open_shards
 from run import estimate_memory
 
 SCRIPTS = sorted(name[len("train_"):-len(".py")]
@@ -38,7 +38,7 @@ LLMC = {"where": "llm.c's GPT-2", "loss": 3.272, "N": 124.5e6, "D": 10.26e9}
 # GPUs without bfloat16, and their float16 peak in FLOP/s (NVIDIA's data sheets)
 NO_BFLOAT16 = {"V100": 125e12, "T4": 65e12}
 # the first pattern that is found in the name of a parameter says what it is part of
-PARTS = {"prediction": "^mtp", "head": "head", "embedding": "embed_|project_|wte|wpe|emb",
+PARTS = {"prediction": "^mtp", "head": "head", "embedding": "emb|project_|wte|wpe",
          "norms": "norm|ln", "MLP": "mlp|ffn", "attention": ""}
 
 
@@ -68,14 +68,25 @@ def mean(values):
     return sum(values) / len(values)
 
 
+def results(log):
+    """Return the runs with a run.json below a folder, the latest first; damaged ones are named."""
+    paths = compare.find_logs([log]) if os.path.exists(log) else []
+    found = []
+    for path in sorted(paths, key=os.path.getmtime, reverse=True):
+        try:
+            found.append(compare.read_result(path))
+        except Exception as error:  # an edited file can raise any kind of error
+            print(f"skipped: {path}, or run.json beside it, is damaged: {error!r}", file=sys.stderr)
+    return [result for result in found if result.has_run_json and result.curves]
+
+
 def reference(cfg, N, D, log):
     """Return the finished run with the same vocabulary whose N D is nearest, as LLMC, or None."""
-    known = [LLMC] if n_tokens(vocab_of(cfg.data_dir)) == 50257 else []
-    for path in compare.find_logs([log]) if os.path.exists(log) else []:
-        result = compare.read_result(path)
+    known = [LLMC] if cfg.vocab_size in (50257, 50304) else []
+    for result in results(log):
         losses = result.curves["val_full"] or result.curves["val"]
-        vocab_size = result.config["vocab_size"]
-        if result.has_run_json and result.finished and losses and vocab_size == cfg.vocab_size:
+        trained = result.finished and not result.diverged and result.steps > 0
+        if trained and losses and result.config["vocab_size"] == cfg.vocab_size:
             known.append({"where": os.path.relpath(result.folder), "loss": losses[max(losses)],
                           "N": result.info["params"]["total"], "D": result.tokens(result.steps)})
     distance = {i: abs(math.log(run["N"] * run["D"] / (N * D))) for i, run in enumerate(known)}
@@ -101,13 +112,12 @@ def best_vocab_size(n_other, width):
 
 def mfu_of_last_run(log, gpu):
     """Return (MFU, folder) of the latest run on a kind of GPU, or None."""
-    paths = compare.find_logs([log]) if os.path.exists(log) else []
-    for path in sorted(paths, key=os.path.getmtime, reverse=True):
-        info = compare.read_result(path).info
-        if gpu in info.get("device", "") and gpu in PEAK_FLOPS and info["tokens_per_second"]:
-            rate = info["tokens_per_second"] / info.get("processes", 1)
-            folder = os.path.relpath(os.path.dirname(path))
-            return rate * info["flops_per_token"] / PEAK_FLOPS[gpu], folder
+    for result in results(log):
+        info = result.info
+        if gpu in info["device"] and gpu in PEAK_FLOPS and info["tokens_per_second"]:
+            rate = info["tokens_per_second"] / (info.get("processes") or 1)
+            return (rate * info["flops_per_token"] / PEAK_FLOPS[gpu],
+                    os.path.relpath(result.folder))
 
 
 def make_plan(arch, options, args):
@@ -116,6 +126,8 @@ def make_plan(arch, options, args):
     script = importlib.import_module(f"train_{arch}")
     sys.argv = [f"train_{arch}.py", *options]
     cfg, _ = parse_args(script.Config, script.TINY)
+    if cfg.max_steps == 0:
+        fail("--max_steps=0 leaves nothing to plan")
     with torch.device("meta"):
         model = script.Model(cfg)
     parts, params = count_parts(model), model.num_params()
@@ -236,6 +248,8 @@ def main():
     add("--budget", type=int, default=124_600_000, help="parameters allowed (default: %(default)s)")
     add("--log", default="log", help="folder of finished runs (default: %(default)s)")
     args, options = parser.parse_known_args()
+    if args.mfu is not None and not 0 < args.mfu <= 1:
+        fail(f"--mfu={args.mfu} is a fraction of the peak: more than 0, at most 1")
     if args.arch != "all":
         return show(make_plan(args.arch, options, args), args)
     print(compare.table([row(make_plan(arch, options, args)) for arch in SCRIPTS]))

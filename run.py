@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from common import BENCH_WARMUP, generate, init_world, peak_flops
 from fineweb import (GPT2_TOKENS, digest, explain, fail, get_tokenizer, lock_folder, n_tokens,
-                     replacing, save_tokenizer, vocab_of)
+                     ranks_of, replacing, save_tokenizer, vocab_of)
 
 PROMPT = "Hello, I'm a language model,"
 
@@ -43,9 +43,8 @@ def free_memory(device):
 
 
 def estimate_memory(cfg, world, Model, compiled):
-    """Return (bytes for any batch, bytes for each row of it, seconds of a forward pass of a row).
-    The estimate, good to 30%, comes from the forward pass of one row through a second copy of the
-    model."""
+    """Return (bytes for any batch, bytes for each row of it, seconds of a forward pass of a row),
+    good to 30%: measured in the forward pass of one row through a second copy of the model."""
     kept = {}  # bytes of what the forward pass keeps for the backward pass
 
     def keep(tensor):
@@ -117,7 +116,9 @@ def read_checkpoint(path):
         for key, kind in kinds.items():
             if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(key), kind):
                 raise ValueError(f"its entry {key!r} is missing or of another type")
-        return {"vocab": ""} | checkpoint  # old ones have GPT-2's vocabulary
+        if checkpoint.setdefault("vocab", ""):  # old ones have GPT-2's vocabulary
+            ranks_of(checkpoint["vocab"])  # raises an error if it is damaged
+        return checkpoint
     except pickle.UnpicklingError:
         reason = "it is damaged, or not plain data: it may hold code, which was not run"
     except Exception as e:  # the error above, and the many that torch.load raises
@@ -513,8 +514,7 @@ def use_checkpoint(cfg, mode, arch, Config, Model, to_hf):
         print(f"wrote {path}, step {checkpoint['step']}, to {mode.export}")
         return
     device = init_world(cfg.device, cfg.dtype, cfg.seed).device
-    # without a tokenizer the reason was printed
-    tokenizer = get_tokenizer(checkpoint["vocab"], model.cfg.vocab_size) or sys.exit(1)
+    tokenizer = get_tokenizer(checkpoint["vocab"], model.cfg.vocab_size) or sys.exit(1)  # said why
     print(f"{path}, step {checkpoint['step']}", file=sys.stderr)
     prompt = tokenizer.encode_ordinary(mode.sample)
     print(generate(model.to(device), tokenizer, prompt, device, cfg.seed, mode.max_new_tokens,

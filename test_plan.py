@@ -103,6 +103,11 @@ def test_the_nearest_finished_run_shifts_the_prediction(capsys, monkeypatch):
     finished_run("log/near", 3.5, 124475904, 10000)
     assert "shifted       3.50, through log/near: 3.50 after 10 B tokens" in planned(capsys, monkeypatch, "gpt2")
     assert "llm.c" in planned(capsys, monkeypatch, "gpt2", "--log=elsewhere")
+    finished_run("broken/a", 3.5, 124475904, 10000)
+    with open("broken/a/run.json", "w") as file:
+        file.write("{")
+    finished_run("broken/diverged", math.nan, 124475904, 10000)
+    assert planned(capsys, monkeypatch, "gpt2", "--log=broken") == out
 
 
 def test_data_time_and_price(capsys, monkeypatch):
@@ -141,6 +146,9 @@ def test_all_scripts_in_one_table(capsys, monkeypatch):
     ("bert", "bert"),
     ("llama --n_layers=3", "--n_layer"),
     ("llama --n_head=5", "n_head=5"),
+    ("llama --max_steps=0", "--max_steps=0"),
+    ("llama --mfu=40", "--mfu=40"),
+    ("llama --mfu=nan", "--mfu=nan"),
 ])
 def test_bad_options(options, says, capsys, monkeypatch):
     bad(capsys, lambda: planned(capsys, monkeypatch, *options.split()), says)

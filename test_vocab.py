@@ -249,6 +249,7 @@ def test_a_run_needs_only_the_folder(own, tmp_path, monkeypatch, capsys):
     bad(capsys, lambda: train("llama", monkeypatch, *options, "--vocab_size=512", "--resume=auto", "--max_steps=9"),
         "another vocabulary than --data_dir=data")
     shutil.rmtree("data")
+    assert "data has only 5,000 bytes to validate on" in capsys.readouterr().out
 
     train("llama", monkeypatch, *options, "--sample=The old", "--max_new_tokens=5")
     assert capsys.readouterr().out.startswith("The old")
@@ -261,6 +262,14 @@ def test_a_run_needs_only_the_folder(own, tmp_path, monkeypatch, capsys):
     with open("exported/config.json") as file:
         assert json.load(file)["eos_token_id"] == SIZE - 1
     assert bits_per_byte("exported", text, 32) == pytest.approx(bpb[-1], abs=6e-5)
+
+
+@pytest.mark.parametrize("vocab", [3, "YQ== 0\n", BYTE_VOCAB[:-20]])
+def test_a_checkpoint_with_a_damaged_vocabulary_is_one_line(vocab, monkeypatch, capsys):
+    model = SCRIPTS["gpt2"].Model(SCRIPTS["gpt2"].Config(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=320))
+    checkpoint = {"arch": "gpt2", "step": 0, "config": vars(model.cfg), "model": model.state_dict(), "optimizer": {}}
+    torch.save({**checkpoint, "vocab": vocab}, "x.pt")
+    bad(capsys, lambda: train("gpt2", monkeypatch, "--sample=a", "--resume=x.pt"), "x.pt is not a readable checkpoint")
 
 
 def test_bits_per_byte_leave_out_end_of_text():
