@@ -414,13 +414,20 @@ class ShardLoader:
             (step * self.total_batch_size + (micro_step * size + rank) * tokens, tokens)
             for step in itertools.count(start_step) for micro_step in range(micro_steps))
 
+    def loss_table(self, n_tokens):
+        """Return zeros, float32 (rows, 4), for what row_losses returns of val_batches."""
+        batches = math.ceil(min(n_tokens, len(self.tokens) - 1) / (self.B * self.T))
+        return torch.zeros(batches * self.B, 4, device=self.world.device)
+
     def val_batches(self, n_tokens):
-        """Yield this rank's batches of the first n_tokens, the same tokens whatever the batch size.
-        """
+        """Yield this rank's batches of the first n_tokens, the same tokens whatever the batch size,
+        as (rows, x, y). rows: the slice of the batch's rows among all."""
         size = self.B * self.T
         n = min(n_tokens, len(self.tokens) - 1)
         starts = range(self.world.rank * size, n, self.world.size * size)
-        return self.batches((start, min(size, n - start)) for start in starts)
+        batches = self.batches((start, min(size, n - start)) for start in starts)
+        for start, (x, y) in zip(starts, batches):
+            yield slice(start // self.T, start // self.T + self.B), x, y
 
 
 # ---- evaluation ----------------------------------------------------------------------------------
@@ -435,9 +442,10 @@ def token_losses(model, hidden, targets):
         for h, t in zip(hidden.split(chunk), targets.split(chunk))])
 
 
-def loss_sums(model, x, y, token_bytes):
-    """Return float32 (4,): nats and number of all targets, then nats and bytes of those that are
-    text: <|endoftext|> stands for 0 bytes. x, y, token_bytes: of a ShardLoader.
+def row_losses(model, x, y, token_bytes):
+    """Return float32 (B, 4): of each row the nats and the number of its targets, then the nats and
+    bytes of those that are text: <|endoftext|> stands for 0 bytes. x, y, token_bytes: of a
+    ShardLoader.
 
     Nats per byte / ln 2 are bits per byte (Gao et al. 2020, "The Pile", section 3.1), which compare
     between vocabularies."""
@@ -445,8 +453,8 @@ def loss_sums(model, x, y, token_bytes):
     losses = token_losses(model, model.hidden(x).flatten(0, 1), targets)
     counts = targets >= 0
     lengths = token_bytes[targets.clamp(min=0)] * counts
-    return torch.stack([losses.sum(), counts.sum(), (losses * (lengths > 0)).sum(),
-                        lengths.sum()])
+    table = torch.stack([losses, counts, losses * (lengths > 0), lengths])
+    return table.view(4, *y.shape).sum(2).T
 
 
 # ---- optimisation --------------------------------------------------------------------------------

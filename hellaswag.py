@@ -14,6 +14,13 @@ In "lm-eval", as in EleutherAI's lm-evaluation-harness, the activity comes first
 are removed, and acc_norm is the lowest loss per character, acc_bytes that per byte, of the ending
 without the space. Between models with different tokenizers compare acc, acc_bytes, or acc_norm in
 the style "lm-eval": a loss per token depends on the tokens.
+
+Two more scores move before accuracy leaves chance. "bpb" is the bits per byte of the right endings,
+which shows how fluent the model is in such text. "gap" is the mean loss per byte of the wrong
+endings minus that of the right one, in nats: it is 0 at chance and shows whether the model chooses.
+DataDecide (Magnusson et al. 2025, arXiv 2504.11393, section 2.4) compares such scores.
+
+With --save=FILE.npz the losses are kept, so that compare.py can show the model beside others.
 """
 import hashlib
 import http.client
@@ -157,6 +164,28 @@ STYLES = {"completion": Style(render, ("ctx",)),
 
 # ---- scores --------------------------------------------------------------------------------------
 
+def item_scores(losses, lengths, n_bytes, labels):
+    """Return what each score says of each item, (items,): whether it is right by "acc", "acc_norm"
+    and "acc_bytes" (bool), and "bpb" and "gap" (float). The mean over the items is the score.
+
+    losses: the summed losses of the endings in nats; lengths: what acc_norm divides them by;
+    n_bytes: their UTF-8 bytes; each (items, 4). labels: the right endings (items,)."""
+    scores = {"acc": losses, "acc_norm": losses / lengths, "acc_bytes": losses / n_bytes}
+    scores = {name: score.argmin(1) == labels for name, score in scores.items()}
+
+    def of_right(numbers):
+        return np.take_along_axis(numbers, labels[:, None], 1)[:, 0].astype(float)
+
+    bits, lengths = of_right(losses) / math.log(2), of_right(n_bytes)
+    bpb = bits.sum() / lengths.sum()
+    # the error of this ratio's mean is that of the ratio (delta method)
+    scores["bpb"] = bpb + (bits - bpb * lengths) / lengths.mean()
+    per_byte = losses / n_bytes
+    right = of_right(per_byte)
+    scores["gap"] = (per_byte.sum(1) - right) / 3 - right
+    return scores
+
+
 class HellaSwag:
     """Scores every item with few large forward passes.
 
@@ -224,12 +253,8 @@ class HellaSwag:
                 losses.index_add_(0, index, token_losses(model, hidden, target))
         return self.world.sum(losses).cpu().view(-1, 4)
 
-    def correct(self, losses):
-        """Return which items are right, bool (items,), by "acc", "acc_norm" and "acc_bytes"."""
-        losses = losses.numpy()
-        scores = {"acc": losses, "acc_norm": losses / self.lengths,
-                  "acc_bytes": losses / self.bytes}
-        return {name: score.argmin(1) == self.labels for name, score in scores.items()}
+    def scores(self, losses):
+        return item_scores(losses.numpy(), self.lengths, self.bytes, self.labels)
 
     def save(self, path, losses):
         """Write a file from which every score follows, with the same bytes for the same losses. Its
@@ -370,7 +395,13 @@ def main():
         help="rows of full context in a forward pass; the result does not depend on it")
     add("--device", default=default_device(), help="cuda, mps or cpu (default: %(default)s)")
     add("--compile", action="store_true", help="compile the model with torch.compile")
+    add("--save", metavar="FILE.npz", help="keep the losses for compare.py (style completion)")
     args = parser.parse_args()
+    if args.save is not None:
+        if args.style != "completion" or not args.save.endswith(".npz"):
+            parser.error("--save needs --style=completion, and a name that ends in .npz")
+        if not os.path.isdir(os.path.dirname(os.path.abspath(args.save))):
+            parser.error(f"--save={args.save}: there is no such folder")
     if min(args.hella_limit, args.batch_size) < 1:
         parser.error("--hella_limit and --batch_size are at least 1")
     is_checkpoint = args.model.endswith(".pt") or os.path.isfile(args.model)
@@ -396,11 +427,14 @@ def main():
     progress = partial(tqdm, desc="HellaSwag", unit="batch")
     losses = scorer.losses(model.to(world.device).eval(), progress)
     seconds = time.time() - start
-    for name, right in scorer.correct(losses).items():
-        p = right.mean()
-        error = (p * (1 - p) / len(right)) ** 0.5
-        print(f"{name:9s} {p:.4f} +- {error:.4f}  ({right.sum()}/{len(right)})")
+    for name, values in scorer.scores(losses).items():
+        error = values.std() / math.sqrt(len(values))
+        count = f"  ({values.sum()}/{len(values)})" if values.dtype == bool else ""
+        digits = 5 if name == "gap" else 4
+        print(f"{name:9s} {values.mean():.{digits}f} +- {error:.{digits}f}{count}")
     print(f"{len(items) / seconds:.1f} items/s")
+    if args.save is not None:
+        scorer.save(args.save, losses)
 
 
 if __name__ == "__main__":

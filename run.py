@@ -293,9 +293,10 @@ class Run:
         if self.start_step == 0 and last >= self.cfg.checkpoint_interval > 0:
             fail(f"{folder} has a log but no checkpoint: put one back, or use another --log_dir")
         # evaluations at start_step stay if they are not made again now
-        stays = {"val", "bpb", "val_full", "bpb_full", "hella"}
+        hella = {"hella", "hella_bpb", "hella_gap"}
+        stays = {"val", "bpb", "val_full", "bpb_full"} | hella
         if self.evaluation_due(self.start_step):
-            stays = set() if self.hellaswag else {"hella"}
+            stays = set() if self.hellaswag else hella
         with replacing(self.log_path) as file:
             for step, stream, line in lines:
                 if step < self.start_step or (step == self.start_step and stream in stays):
@@ -432,12 +433,18 @@ class Run:
         self.stopping = self.world.sum(signalled).item() > 0
         return self.stopping
 
-    def log_val(self, step, stream, sums):
-        """Log the validation loss, and the bits per byte of text. stream: "val" or "val_full".
-        sums: what loss_sums returns, summed over the batches of this process."""
-        nats, n_targets, text_nats, text_bytes = self.world.sum(sums).tolist()
+    def log_val(self, step, stream, losses):
+        """Log the validation loss, and the bits per byte of text, and keep the mean loss of each
+        row: float32 (rows,). stream: "val" or "val_full". losses: a loss_table, in which this
+        process has filled its rows."""
+        losses = self.world.sum(losses).cpu().double()
         if self.gave_up():
             return
+        losses = losses[losses[:, 1] > 0]  # without the padding of the last batch
+        nats, n_targets, text_nats, text_bytes = losses.sum(0).tolist()
+        if self.file:
+            with replacing(os.path.join(self.cfg.log_dir, f"{stream}_{step}.npy")) as file:
+                np.save(file, (losses[:, 0] / losses[:, 1]).float().numpy())
         loss = f"{nats / n_targets:.4f}"
         self.log(step, stream, loss)
         name = "validation loss" if stream == "val" else "full validation loss"
@@ -450,16 +457,22 @@ class Run:
         self.clock = time.perf_counter()  # from here log_hella measures its time
 
     def log_hella(self, step, losses):
-        """Log acc_norm as `hella`, and keep the loss of each ending: float32 (items, 4)."""
+        """Log acc_norm as `hella`, bits per byte of the right endings as `hella_bpb`, and how much
+        likelier they are than the wrong ones as `hella_gap`. Keep the loss of each ending: float32
+        (items, 4)."""
         if self.gave_up():
             return
         if self.file:
             self.hellaswag.save(os.path.join(self.cfg.log_dir, f"hella_{step}.npz"), losses)
-        correct = self.hellaswag.correct(losses)["acc_norm"]
+        scores = self.hellaswag.scores(losses)
+        correct = scores["acc_norm"]
         p, error = correct.mean(), correct.std() / math.sqrt(len(correct))
+        bpb, gap = scores["bpb"].mean(), scores["gap"].mean()
         self.log(step, "hella", f"{p:.4f}")
-        self.say(f"step {step:5d} | HellaSwag {p:.4f} +- {error:.4f}, {len(correct)} items in "
-                 f"{time.perf_counter() - self.clock:.1f} s")
+        self.log(step, "hella_bpb", f"{bpb:.4f}")
+        self.log(step, "hella_gap", f"{gap:.5f}")
+        self.say(f"step {step:5d} | HellaSwag {p:.4f} +- {error:.4f} | {bpb:.4f} bits per byte | "
+                 f"gap {gap:.5f} | {len(correct)} items in {time.perf_counter() - self.clock:.1f} s")
 
     def show_sample(self, step, tokenizer):
         self.flush()

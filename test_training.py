@@ -94,7 +94,7 @@ def test_validation_is_the_same_tokens_for_every_batch_size(val_tokens, n, batch
     seen = []
     for rank in range(world_size):
         data = loader("val", world_size, rank, batch_size=batch_size)
-        for x, y in data.val_batches(val_tokens):
+        for _, x, y in data.val_batches(val_tokens):
             assert x.shape == y.shape == (batch_size, 16)
             for inputs, targets in zip(x, y):
                 used = targets >= 0
@@ -177,8 +177,8 @@ def test_batch_that_does_not_divide(monkeypatch, capsys):
 
 def answers(scorer, model):
     """Return a scorer's answers for a model as one array: right by acc, by acc_norm, by acc_bytes (3, N)."""
-    correct = scorer.correct(scorer.losses(model))
-    return np.array([correct["acc"], correct["acc_norm"], correct["acc_bytes"]])
+    scores = scorer.scores(scorer.losses(model))
+    return np.array([scores["acc"], scores["acc_norm"], scores["acc_bytes"]])
 
 
 def one_at_a_time(model, items, encode):
@@ -218,8 +218,15 @@ def test_hellaswag_equals_one_item_at_a_time(arch, gpt2_bpe, hellaswag_items, mo
 
     whole = scorer(items)
     losses = whole.losses(model)
-    ours = np.array(list(whole.correct(losses).values()))
+    scores = whole.scores(losses)
+    ours = np.array([scores["acc"], scores["acc_norm"], scores["acc_bytes"]])
     reference, arrays = one_at_a_time(model, items, encode.encode_ordinary)
+    right = [(i, label) for i, label in enumerate(arrays["labels"])]
+    nats, n_bytes = arrays["losses"].astype(float), arrays["bytes"]
+    bits_per_byte = sum(nats[i] for i in right) / sum(n_bytes[i] for i in right) / math.log(2)
+    gaps = [np.delete(nats[i] / n_bytes[i], k).mean() - nats[i, k] / n_bytes[i, k] for i, k in right]
+    assert scores["bpb"].mean() == pytest.approx(bits_per_byte, rel=1e-5)
+    np.testing.assert_allclose(scores["gap"], gaps, atol=1e-5)
     assert (ours != reference).sum() <= 2  # ties in the last bit
     acc, acc_norm, acc_bytes = ours
     assert 0.2 < acc_norm.mean() < 0.3

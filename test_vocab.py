@@ -273,21 +273,22 @@ def test_a_checkpoint_with_a_damaged_vocabulary_is_one_line(vocab, monkeypatch, 
 
 
 def test_bits_per_byte_leave_out_end_of_text():
-    """The sums of a batch are those of a loop over its targets; <|endoftext|> counts in the loss alone."""
+    """The sums of each row are those of a loop over its targets; <|endoftext|> counts in the loss alone."""
     torch.manual_seed(0)
     cfg = SCRIPTS["gpt2"].Config(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=320)
     model = SCRIPTS["gpt2"].Model(cfg)
     row = [256, 65, 66, 256, 67, 256, 256, 68, 69]
-    x, y = torch.tensor([row[:-1]]), torch.tensor([row[1:]])
+    x, y = torch.tensor([row[:-1]]).repeat(2, 1), torch.tensor([row[1:]]).repeat(2, 1)
     y[0, -1] = -1  # padding
+    y[1] = -1
     lengths = torch.zeros(320, dtype=torch.long)
     lengths[:257] = torch.from_numpy(fineweb.token_lengths(byte_tokenizer()))
     logits, _ = model(x)
     nats = [-logits[0, i].log_softmax(-1)[target].item() for i, target in enumerate(row[1:-1])]
     text = [nat for nat, target in zip(nats, row[1:-1]) if target != 256]
     assert (len(nats), len(text)) == (7, 4)
-    expected = torch.tensor([sum(nats), 7, sum(text), 4])
-    torch.testing.assert_close(common.loss_sums(model, x, y, lengths).detach(), expected)
+    expected = torch.tensor([[sum(nats), 7, sum(text), 4], [0, 0, 0, 0]])
+    torch.testing.assert_close(common.row_losses(model, x, y, lengths).detach(), expected)
 
 
 def test_the_same_bytes_in_two_vocabularies_are_the_same_text(own, gpt2_bpe):
@@ -309,7 +310,7 @@ def test_the_same_bytes_in_two_vocabularies_are_the_same_text(own, gpt2_bpe):
                                          val_bytes=n_bytes, val_full_tokens=0)
             loader = common.ShardLoader(cfg, "val", common.World(torch.device("cpu")), tokenizer)
             texts.add((loader.val_text["bytes"], loader.val_text["sha256"]))
-            targets = torch.cat([y.flatten() for _, y in loader.val_batches(loader.val_tokens)])
+            targets = torch.cat([y.flatten() for _, _, y in loader.val_batches(loader.val_tokens)])
             text = tokenizer.decode_bytes([i for i in targets.tolist() if i not in (-1, tokenizer.eot_token)])
             assert HELD_OUT.encode().startswith(text)
             assert 0 <= len(text) - n_bytes < 20

@@ -33,7 +33,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from common import (RunConfig, ShardLoader, accumulation_steps, configure_compiler, cosine_lr,
-                    init_world, loss_sums, parse_args)
+                    init_world, parse_args, row_losses)
 from fineweb import get_tokenizer, one_line_errors, vocab_of
 from hellaswag import load_hellaswag
 from muon import Muon, Optimizers
@@ -353,11 +353,11 @@ def main():
             if last_step and cfg.val_full_tokens:
                 streams["val_full"] = cfg.val_full_tokens
             for stream, n_tokens in streams.items():
-                sums = torch.zeros(4, device=world.device)
+                losses = val_loader.loss_table(n_tokens)
                 with torch.no_grad(), world.autocast():
-                    for x, y in run.until_signal(val_loader.val_batches(n_tokens)):
-                        sums += loss_sums(model, x, y, val_loader.token_bytes)
-                run.log_val(step, stream, sums)
+                    for rows, x, y in run.until_signal(val_loader.val_batches(n_tokens)):
+                        losses[rows] = row_losses(model, x, y, val_loader.token_bytes)
+                run.log_val(step, stream, losses)
             if hellaswag:
                 run.log_hella(step, hellaswag.losses(model, run.until_signal))
             model.train()
