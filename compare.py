@@ -5,16 +5,19 @@ Compare training runs: print one table, best run first, of finished runs and run
     python compare.py log/gpt2 log/llama*       # these runs
     python compare.py --plot=curves.png         # also draw the curves (needs matplotlib)
     python compare.py log/ladder --effects      # what each option that differs does to the loss
+    python compare.py log gpt2.npz              # also what hellaswag.py --save has kept of a model
 
-A run is a folder with log.txt, run.json (its options) and hella_<step>.npz, the losses of each
-HellaSwag item's endings; an old run has hella_<step>.npy, whether the model was right. A log.txt
-without run.json is read as build-nanogpt's, whose format is the same. Runs that differ only in
-their seed share a row: mean (low to high).
+A run is a folder with log.txt, run.json (its options), val_<step>.npy, the loss of each validation
+row, and hella_<step>.npz, the losses of each HellaSwag item's endings; an old run has no rows, and
+hella_<step>.npy, whether the model was right. A log.txt without run.json is read as
+build-nanogpt's, whose format is the same. Runs that differ only in their seed share a row: mean
+(low to high).
 
 The lines are sorted by validation loss: that on the full set (val_full) if all comparable runs have
 it. Runs that are in progress, that changed their training on the way, or that differ from most runs
 in their data (the name of the data folder), their tokens or their schedule, are not comparable:
-they stand below the others, with the reason.
+they stand below the others, with the reason. Runs with other learning rates are comparable: if an
+architecture has several, the remarks say which is the best of how many.
 
 Losses per token of two vocabularies do not compare, as their tokens differ in length. Such runs are
 comparable if they were validated on the same text, by the same --val_bytes, and trained on as much
@@ -22,10 +25,18 @@ text, within 2% (tokens times bytes per token of the validation text). Their bat
 differ. Then the table, --plot and --effects show bits per byte of the validation text, and
 HellaSwag's answer is the ending with the lowest loss per byte, not per token; old runs show "-".
 
-HellaSwag is compared item by item with the first line: the difference in points, its 95% interval
-and a p-value. One run against one run is tested with McNemar's exact test (Dietterich 1998,
-"Approximate Statistical Tests for Comparing Supervised Classification Learning Algorithms",
-section 3.1). Otherwise the p-value comes from the normal distribution, as the interval does.
+A second table has the differences to the first line, with 95% intervals: of the validation loss,
+of HellaSwag's accuracy in points with a p-value, and of its scores "bpb" and "gap" (see
+hellaswag.py). The variance of a difference of two means is that of a crossed design with random
+runs and random items (Clark 1973, "The language-as-fixed-effect fallacy"):
+    s2 (1/m + 1/n) + max(0, d2/N - i2/N (1/m + 1/n))
+for m and n runs (seeds) and N items, or rows of validation. s2 is the variance of the runs' means
+around that of their setting, pooled over all settings; d2 that of the paired differences of the
+items; i2 that of what seeds do to single items, which both terms contain. Quantiles are Student's,
+with Satterthwaite's degrees of freedom. If no setting has two seeds, the first term is unknown and
+left out: then intervals speak of these checkpoints only, and the p-value of one run against one is
+that of McNemar's exact test (Dietterich 1998, "Approximate Statistical Tests for Comparing
+Supervised Classification Learning Algorithms", section 3.1).
 
 --effects fits the validation loss of all runs by least squares: a term for each level of an option
 and for each pair of options, as in the analysis of factorial designs (Box, Hunter and Hunter,
@@ -46,14 +57,15 @@ import numpy as np
 
 from common import RunConfig
 from fineweb import Parser, fail, one_line_errors
+from hellaswag import item_scores
 
 # Runs are comparable only if these options are equal. Those of TOKENIZED may differ between
 # vocabularies, as one text has other tokens in each.
 TOKENIZED = ("data_dir", "block_size", "total_batch_size", "max_steps", "warmup_steps",
              "val_tokens")
-SETTING = ("vocab_size", *TOKENIZED, "learning_rate", "min_lr_ratio", "val_bytes", "init_from")
+SETTING = ("vocab_size", *TOKENIZED, "min_lr_ratio", "val_bytes", "init_from")
 # The options of SETTING that --effects studies like any other option that differs.
-STUDIED = {"learning_rate", "warmup_steps", "min_lr_ratio"}
+STUDIED = {"warmup_steps", "min_lr_ratio"}
 # These options may change when a run resumes: what is trained stays the same.
 NEUTRAL = {field.name for field in fields(RunConfig)} - {"data_dir", "dtype", "seed"}
 NEUTRAL |= {"batch_size", "chunk_size", "recompute"}
@@ -63,6 +75,13 @@ HARMLESS = NEUTRAL - {"val_tokens"} | {"dtype", "seed"}
 
 # The streams of log.txt that the table may show.
 LOSSES = {"val": "validation loss", "val_full": "full validation loss", "bpb": "bits per byte"}
+# HellaSwag's accuracy in the table: by the loss per token, or per byte between vocabularies.
+ACCURACIES = {"acc_norm": "HellaSwag acc_norm", "acc_bytes": "HellaSwag accuracy per byte"}
+# Columns of the table of differences, by score: the title, the unit, a factor, and the digits.
+HELLASWAG_DIFFERENCES = {
+    "acc": ("points on HellaSwag", "points on HellaSwag", 100, 2),
+    "bpb": ("bits per byte of endings", "bits per byte of endings", 1, 4),
+    "gap": ("gap of endings", "in their gap", 1, 5)}
 
 # Types of the values in run.json; "params.total" stands for info["params"]["total"].
 NUMBER = int | float
@@ -169,24 +188,45 @@ class Result:
         curves = [self.curves[name] for name in ("val", "val_full") if self.curves[name]]
         return not all(math.isfinite(curve[max(curve)]) for curve in curves)
 
-    def correct(self, step, unit):
-        """Return which HellaSwag items were right at a step by the loss per unit, "tokens" or
-        "bytes": bool (items,), or None if unknown."""
-        path = os.path.join(self.folder, f"hella_{step}.npz")
-        if unit == "tokens" and not os.path.exists(path):
-            path = os.path.join(self.folder, f"hella_{step}.npy")  # of an old run
-        if step is None or not os.path.exists(path):
-            return None
-        try:
-            correct = np.load(path)
-            if path.endswith(".npz"):
-                losses = correct["losses"] / correct[unit]  # of the endings: (items, 4)
-                correct = losses.argmin(1) == correct["labels"]
-            if correct.ndim != 1 or correct.dtype != bool or len(correct) == 0:
-                raise ValueError
-        except Exception:  # np.load raises many kinds of error
-            fail(f"{path} is damaged, or no run wrote it: move it away")
-        return correct
+    def scores(self, step):
+        """Return what read_scores returns of HellaSwag at a step, {} if that is unknown. An old run
+        has acc_norm alone."""
+        path = os.path.join(self.folder, f"hella_{step}")
+        if os.path.exists(f"{path}.npz"):
+            return read_scores(f"{path}.npz")
+        if not os.path.exists(f"{path}.npy"):
+            return {}
+        return {"acc_norm": read_array(f"{path}.npy", bool)}
+
+    def rows(self, stream, step):
+        """Return the loss of each row of validation, float32 (rows,), or None if unknown."""
+        path = os.path.join(self.folder, f"{stream}_{step}.npy")
+        return read_array(path, np.float32) if os.path.exists(path) else None
+
+
+def read_array(path, dtype):
+    """Return the array in a file that a run wrote: it has one dimension."""
+    try:
+        array = np.load(path)
+        if array.ndim != 1 or array.dtype != dtype or len(array) == 0:
+            raise ValueError
+    except Exception:  # np.load raises many kinds of error
+        fail(f"{path} is damaged, or no run wrote it: move it away")
+    return array
+
+
+def read_scores(path):
+    """Return hellaswag.item_scores of a hella_<step>.npz, and the bytes of its endings (items, 4),
+    by which one sees whether two files hold the same items."""
+    try:
+        saved = np.load(path)
+        losses, tokens, n_bytes, labels = (
+            saved[name] for name in ("losses", "tokens", "bytes", "labels"))
+        if losses.ndim != 2 or len(losses) == 0:
+            raise ValueError
+        return item_scores(losses, tokens, n_bytes, labels) | {"bytes": n_bytes}
+    except Exception:  # np.load raises many kinds of error
+        fail(f"{path} is damaged, or no run wrote it: move it away")
 
 
 def folder_name(path):
@@ -285,19 +325,23 @@ class Group:
 
     def show(self, stream):
         """Let the table show the last value of a stream of LOSSES, and HellaSwag's accuracy: with
-        "bpb" by the loss per byte, else per token."""
+        "bpb" by the loss per byte, else per token.
+
+        Then `samples` has what is known of items: {name: float (runs, items)} with the names of
+        DIFFERENCES, and "loss" for the rows of validation."""
         self.val_step = max(self.curves[stream], default=None)
         self.losses = self.curves[stream].get(self.val_step, [])  # a value for each run
-        self.unit = "bytes" if stream == "bpb" else "tokens"
+        self.accuracy = "acc_bytes" if stream == "bpb" else "acc_norm"
         if stream == "bpb":  # the log has the accuracy per token
-            correct = {step: [result.correct(step, "bytes") for result in self.results]
-                       for step in self.curves["hella"]}
-            self.curves["hella"] = {step: [each.mean() for each in runs]
-                                    for step, runs in correct.items()
-                                    if not any(each is None for each in runs)}
+            correct = {step: self.scores_at(step).get("acc") for step in self.curves["hella"]}
+            self.curves["hella"] = {step: list(runs.mean(1)) for step, runs in correct.items()
+                                    if runs is not None}
         self.hella_step = max(self.curves["hella"], default=None)
         self.accuracies = self.curves["hella"].get(self.hella_step, [])
-        self.correct = self.correct_at(self.hella_step)
+        self.samples = self.scores_at(self.hella_step)
+        rows = [result.rows(stream, self.val_step) for result in self.results]
+        if all(each is not None and len(each) == len(rows[0]) for each in rows):
+            self.samples["loss"] = np.stack(rows).astype(float)
 
     def place(self):
         """Return the key that sorts the table."""
@@ -310,20 +354,59 @@ class Group:
         steps = set.intersection(*map(set, curves))
         return {step: [curve[step] for curve in curves] for step in sorted(steps)}
 
-    def correct_at(self, step):
-        """Return the fraction of runs that had each HellaSwag item right at a step, float (items,),
-        or None if unknown."""
-        correct = [result.correct(step, self.unit) for result in self.results]
-        complete = all(each is not None and len(each) == len(correct[0]) for each in correct)
-        return np.mean(correct, axis=0) if self.items and complete else None
+    def scores_at(self, step):
+        """Return {"acc", "bpb", "gap": float (runs, items)} of HellaSwag at a step, where all runs
+        have it. `endings` becomes the bytes of the endings."""
+        runs = [result.scores(step) for result in self.results]
+        self.endings = runs[0].get("bytes")
+        names = {"acc": self.accuracy, "bpb": "bpb", "gap": "gap"}
+        if not self.items or len({len(score) for run in runs for score in run.values()}) != 1:
+            return {}
+        return {name: np.stack([run[score] for run in runs]).astype(float)
+                for name, score in names.items() if all(score in run for run in runs)}
+
+    def mean(self, name):
+        """Return the score of each run, or [] if it is unknown."""
+        if name == "loss":
+            return self.losses
+        return list(self.samples[name].mean(1)) if name in self.samples else []
 
     def hella_error(self, step):
         """Return the standard error, over the items, of HellaSwag's accuracy at a step."""
-        correct = self.correct_at(step)
+        correct = self.scores_at(step).get("acc")
         if correct is not None:
-            return correct.std() / math.sqrt(len(correct))
+            return correct.mean(0).std() / math.sqrt(correct.shape[1])
         p = np.mean(self.curves["hella"][step])
         return math.sqrt(abs(p * (1 - p)) / (self.info["config"]["hella_limit"] or math.nan))
+
+
+class Reference:
+    """A model of which only HellaSwag's scores are known, from a file of hellaswag.py --save. It
+    has what the tables show of a group."""
+
+    def __init__(self, path, accuracy):
+        """accuracy: the score that the table shows, "acc_norm" or "acc_bytes"."""
+        scores = read_scores(path)
+        self.label = os.path.basename(path).removesuffix(".npz")
+        self.accuracy = accuracy
+        self.results = [None]  # as a setting with one run
+        self.reasons = ["HellaSwag only"]
+        self.losses = []
+        self.endings = scores["bytes"]
+        self.samples = {name: scores[score][None].astype(float) for name, score in (
+            ("acc", accuracy), ("bpb", "bpb"), ("gap", "gap"))}
+
+    mean = Group.mean
+
+    def row(self, columns):
+        """Return the line of the table as {column: cell}."""
+        acc = self.samples["acc"][0]
+        cell = f"{acc.mean():.4f} ± {acc.std() / math.sqrt(len(acc)):.4f}"
+        return {column: "-" for column in columns} | {
+            "model": self.label, ACCURACIES[self.accuracy]: cell,
+            "bits per byte of endings": mean_and_range(self.mean("bpb")),
+            "gap of endings": mean_and_range(self.mean("gap"), digits=5),
+            "remarks": self.reasons[0]}
 
 
 def cluster(results):
@@ -386,7 +469,7 @@ def remark(group, groups):
     same_arch = [other for other in groups if other.arch == group.arch]
     names = {name for other in same_arch for name in other.options}
     names -= set(SETTING)  # which the reasons name
-    if group.unit == "bytes" and not group.reasons:
+    if group.accuracy == "acc_bytes" and not group.reasons:
         names |= set(TOKENIZED) & group.options.keys()
     for name in sorted(names):
         others = groups if name in (*RunConfig.training_options, *TOKENIZED) else same_arch
@@ -400,7 +483,7 @@ def remark(group, groups):
     seeds = {result.config.get("seed") for result in group.results}
     if len(seeds) < len(group.results):
         remarks.append("a seed comes twice")
-    if group.correct is None and any(result.curves["hella"] for result in group.results):
+    if "acc" not in group.samples and any(result.curves["hella"] for result in group.results):
         remarks.append("HellaSwag's items are not all there, or not the same in all runs")
     return remarks
 
@@ -445,7 +528,25 @@ def rank(results, studied=()):
     for group in groups:
         if group.losses and group.hella_step not in (None, group.val_step):
             group.remarks.append(f"HellaSwag of step {group.hella_step}")
-    return sorted(groups, key=Group.place), stream
+    groups = sorted(groups, key=Group.place)
+    remark_rates(groups)
+    return groups, stream
+
+
+def remark_rates(groups):
+    """Name the learning rates where comparable groups differ in nothing else. groups: best first.
+    """
+    alike = defaultdict(list)
+    for group in groups:
+        if not group.reasons and "learning_rate" in group.options:
+            others = {k: v for k, v in group.options.items() if k != "learning_rate"}
+            alike[group.arch, frozenset(others.items())].append(group)
+    for same in alike.values():
+        for group in same if len(same) > 1 else []:
+            rate = f"learning_rate={group.options['learning_rate']}"
+            group.remarks = [text for text in group.remarks if text != rate]
+            best = f", the best of {len(same)}" if group is same[0] else ""
+            group.remarks.insert(0, rate + best)
 
 
 def sign_test(wins, losses):
@@ -459,28 +560,138 @@ def sign_test(wins, losses):
     return min(1.0, 2 * total / 2 ** n)
 
 
-def difference(group, first):
-    """Return two cells: HellaSwag's difference to the first line, in points, and its p-value."""
-    if group is first or group.correct is None or first.correct is None:
-        return "-", "-"
-    if group.items != first.items or len(group.correct) != len(first.correct):
-        return "-", "-"
-    points = 100 * (group.correct - first.correct.astype(float))  # (items,)
-    mean = points.mean()
-    error = points.std() / math.sqrt(len(points))
-    if len(group.results) == len(first.results) == 1:
-        p = sign_test(wins=int((points > 0).sum()), losses=int((points < 0).sum()))
+def student(freedom):
+    """Return angles x, float (20001,), and the two-sided p-values in Student's distribution of
+    t = sqrt(freedom) tan(x), whose density in x is cos(x) ** (freedom - 1)."""
+    x = np.linspace(0, math.pi / 2, 20001)
+    density = np.cos(x) ** (freedom - 1)
+    areas = (density[1:] + density[:-1]) / 2
+    beyond = np.append(areas[::-1].cumsum()[::-1], 0.0)
+    return x, beyond / beyond[0]
+
+
+def p_value(t, freedom):
+    """Return the two-sided p-value of t."""
+    return float(np.interp(math.atan(abs(t) / math.sqrt(freedom)), *student(freedom)))
+
+
+def quantile(p, freedom):
+    """Return the t whose two-sided p-value is p."""
+    x, p_values = student(freedom)
+    return math.sqrt(freedom) * math.tan(np.interp(p, p_values[::-1], x[::-1]))
+
+
+def pool(groups, name):
+    """Return (s2, i2, degrees of freedom) of the docstring at the top for a score, from the
+    comparable groups. i2 is 0 where items are unknown."""
+    between, freedom, within, cells = 0.0, 0, 0.0, 0
+    for group in groups:
+        n_runs = len(group.mean(name))
+        if group.reasons or "a seed comes twice" in group.remarks or n_runs < 2:
+            continue
+        between += n_runs * np.var(group.mean(name))
+        freedom += n_runs - 1
+        if name in group.samples:
+            x = group.samples[name]  # (runs, items)
+            rest = x - x.mean(0) - x.mean(1, keepdims=True) + x.mean()
+            within += (rest ** 2).sum()
+            cells += (n_runs - 1) * (x.shape[1] - 1)
+    return between / max(1, freedom), within / max(1, cells), freedom
+
+
+@dataclass
+class Difference:
+    """A score of one group minus that of another."""
+    mean: float
+    error: float  # standard error
+    freedom: float  # its degrees of freedom
+    p: float
+
+
+def same_items(group, first):
+    if group.endings is None or first.endings is None:
+        return group.items == first.items
+    return np.array_equal(group.endings, first.endings)
+
+
+def difference(group, first, name, pooled):
+    """Return the Difference of a score between two groups, or None if that or its error is unknown.
+    Losses are on the same rows in comparable groups only. pooled: what `pool` returns."""
+    s2, i2, freedom = pooled
+    a, b = group.samples.get(name), first.samples.get(name)
+    paired = a is not None and b is not None and a.shape[1] == b.shape[1]
+    if name == "loss":
+        if group.reasons or first.reasons or not (paired or freedom):
+            return None
+    elif not paired or not same_items(group, first):
+        return None
+    mean = np.mean(group.mean(name)) - np.mean(first.mean(name))
+    share = 1 / len(group.results) + 1 / len(first.results)
+    of_seeds, of_items = s2 * share, 0.0
+    parts = of_seeds ** 2 / freedom if freedom else 0.0  # for Satterthwaite's degrees of freedom
+    if paired:
+        each = a.mean(0) - b.mean(0)  # (items,)
+        of_items = max(0.0, (each.var() - i2 * share) / (len(each) - 1)) if len(each) > 1 else 0.0
+        parts += of_items ** 2 / max(1, len(each) - 1)
+    variance = of_seeds + of_items
+    if variance == 0:
+        return Difference(mean, 0.0, 1.0, float(mean == 0))
+    error = math.sqrt(variance)
+    total_freedom = min(variance ** 2 / parts, 1e5)  # more is the normal distribution
+    p = p_value(mean / error, total_freedom)
+    if name == "acc" and not freedom and len(a) == len(b) == 1:
+        p = sign_test(wins=int((each > 0).sum()), losses=int((each < 0).sum()))
+    return Difference(mean, error, total_freedom, p)
+
+
+def difference_table(groups, stream):
+    """Return the differences to the first line, and what they tell, as text. "" if none is known.
+    """
+    columns = {"loss": (LOSSES[stream], f"in {LOSSES[stream]}", 1, 4), **HELLASWAG_DIFFERENCES}
+    pooled = {name: pool(groups, name) for name in columns}
+    first, *others = groups
+    rows, smallest = [], defaultdict(list)  # smallest: the differences that would be found
+    for group in others:
+        row = {"model": group.label}
+        for name, (title, _, scale, digits) in columns.items():
+            d = difference(group, first, name, pooled[name])
+            row[title] = "-"
+            if d:
+                half = quantile(0.05, d.freedom) * d.error
+                low, high = (f"{scale * x:+.{digits}f}" for x in (d.mean - half, d.mean + half))
+                row[title] = f"{scale * d.mean:+.{digits}f} [{low}, {high}]"
+            if name == "acc":
+                row["p"] = f"{d.p:.2g}" if d else "-"
+            if d and not group.reasons:
+                # 80% power: 20% exceed the t whose two-sided p-value is 0.4
+                t = quantile(0.05, d.freedom) + quantile(0.4, d.freedom)
+                smallest[name].append(t * d.error)
+        rows.append(row)
+    if all(set(row.values()) == {row["model"], "-"} for row in rows):
+        return ""
+
+    lines = ["\n", f"Differences to {first.label}, with 95% intervals:", "", table(rows), ""]
+    if freedom := max(pooled[name][2] for name in columns):
+        lines.append(f"Intervals hold the spread between seeds ({freedom} degrees of freedom) and "
+                     "between rows or items: they speak of architectures.")
     else:
-        p = math.erfc(abs(mean) / error / math.sqrt(2)) if error else 1.0
-    return f"{mean:+.2f} [{mean - 1.96 * error:+.2f}, {mean + 1.96 * error:+.2f}]", f"{p:.2g}"
+        lines.append("No setting has two seeds: intervals hold only the spread between rows or "
+                     "items, and speak of these checkpoints, not of architectures.")
+    found = [f"{scale * np.median(smallest[name]):.{digits}f} {unit}"
+             for name, (_, unit, scale, digits) in columns.items() if smallest[name]]
+    if found:
+        lines.append("4 in 5 comparisons like these find a true difference of "
+                     f"{', or of '.join(found)}.")
+    return "\n".join(lines)
 
 
-def mean_and_range(values, error=""):
+def mean_and_range(values, error="", digits=4):
     if not values:
         return "-"
+    mean = f"{np.mean(values):.{digits}f}{error}"
     if len(values) == 1 or not np.isfinite(values).all():
-        return f"{np.mean(values):.4f}{error}"
-    return f"{np.mean(values):.4f}{error} ({min(values):.4f} to {max(values):.4f})"
+        return mean
+    return f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 def accuracy(group):
@@ -505,9 +716,8 @@ def number(value, form=","):
     return "-" if math.isnan(value) else format(value, form)
 
 
-def table_row(group, first, stream):
-    """Return the line of a group as {column: cell}. `first` is the group of the first line."""
-    points, p = difference(group, first)
+def table_row(group, stream):
+    """Return the line of a group as {column: cell}."""
     reasons = ["not comparable: " + "; ".join(group.reasons)] if group.reasons else []
     vocabulary = {"vocabulary": str(group.options["vocab_size"])} if stream == "bpb" else {}
     return {
@@ -518,8 +728,9 @@ def table_row(group, first, stream):
         "tokens": number(group.results[0].tokens(group.steps)),
         **vocabulary,
         LOSSES[stream]: mean_and_range(group.losses),
-        "HellaSwag " + ("accuracy per byte" if stream == "bpb" else "acc_norm"): accuracy(group),
-        "points to the first": points, "p": p,
+        ACCURACIES[group.accuracy]: accuracy(group),
+        "bits per byte of endings": mean_and_range(group.mean("bpb")),
+        "gap of endings": mean_and_range(group.mean("gap"), digits=5),
         "tokens/s": throughput(group),
         "remarks": "; ".join(reasons + group.remarks)}
 
@@ -746,7 +957,8 @@ def plot(groups, path, stream):
 def main():
     parser = Parser(description="Compare training runs: print one table, best run first.")
     parser.add_argument("paths", nargs="*", default=["log"],
-                        help="folders to search for log.txt, or log files (default: log)")
+                        help="folders to search for log.txt, log files, or files of hellaswag.py "
+                             "--save (default: log)")
     parser.add_argument("--plot", metavar="FILE", help="draw the curves over tokens and over FLOPs")
     parser.add_argument("--effects", action="store_true",
                         help="instead of the table, what each option that differs does to the loss")
@@ -754,8 +966,9 @@ def main():
     if args.plot is not None and not re.search(r"\w\.\w+$", args.plot):
         fail(f"--plot={args.plot} is not the name of an image: use a name such as curves.png")
 
+    references = [path for path in args.paths if path.endswith(".npz") and os.path.isfile(path)]
     results = []
-    for path in find_logs(args.paths):
+    for path in find_logs([path for path in args.paths if path not in references]):
         try:
             result = read_result(path)
         except Exception as error:  # an edited file can raise any kind of error
@@ -776,8 +989,10 @@ def main():
     if args.effects:
         print(effects(groups, stream), flush=True)
     else:
-        rows = [table_row(group, groups[0], stream) for group in groups]
-        print(table(rows), flush=True)
+        rows = [table_row(group, stream) for group in groups]
+        references = [Reference(path, groups[0].accuracy) for path in references]
+        rows += [reference.row(rows[0]) for reference in references]
+        print(table(rows) + difference_table([*groups, *references], stream), flush=True)
     if args.plot:
         plot(groups, args.plot, stream)
 

@@ -397,11 +397,8 @@ def main():
     add("--compile", action="store_true", help="compile the model with torch.compile")
     add("--save", metavar="FILE.npz", help="keep the losses for compare.py (style completion)")
     args = parser.parse_args()
-    if args.save is not None:
-        if args.style != "completion" or not args.save.endswith(".npz"):
-            parser.error("--save needs --style=completion, and a name that ends in .npz")
-        if not os.path.isdir(os.path.dirname(os.path.abspath(args.save))):
-            parser.error(f"--save={args.save}: there is no such folder")
+    if args.save and (args.style != "completion" or not args.save.endswith(".npz")):
+        parser.error("--save needs --style=completion, and a name that ends in .npz")
     if min(args.hella_limit, args.batch_size) < 1:
         parser.error("--hella_limit and --batch_size are at least 1")
     is_checkpoint = args.model.endswith(".pt") or os.path.isfile(args.model)
@@ -433,8 +430,9 @@ def main():
         digits = 5 if name == "gap" else 4
         print(f"{name:9s} {values.mean():.{digits}f} +- {error:.{digits}f}{count}")
     print(f"{len(items) / seconds:.1f} items/s")
-    if args.save is not None:
-        scorer.save(args.save, losses)
+    if args.save:
+        with explain(f"--save={args.save}", OSError):
+            scorer.save(args.save, losses)
 
 
 if __name__ == "__main__":

@@ -96,11 +96,27 @@ def show(*arguments):
 
 
 def compared(capsys, *arguments):
-    """Return what compare.py prints for these arguments: its rows as dicts, in order."""
+    """Return what compare.py prints for these arguments: the rows of its table as dicts, in order. A difference to the
+    first line is under the column's name with a Δ in front; it is "-" in the first line, and where there is no table
+    of them."""
     capsys.readouterr()
     show(*arguments)
-    lines = capsys.readouterr().out.splitlines()
-    head, rule, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    printed = capsys.readouterr().out
+    rows, *second = [table_rows(lines) for lines in re.findall(r"(?:^\|.*\n?)+", printed, re.M)]
+    titles = [column for column in rows[0] if column in ("bits per byte of endings", "gap of endings")]
+    titles += [column for column in rows[0] if column in compare.LOSSES.values()] + ["points on HellaSwag"]
+    none = {"p": "-", **{f"Δ {title}": "-" for title in titles}}
+    differences = [none] * len(rows)
+    if second:
+        (second,) = second
+        assert [row["model"] for row in second] == [row["model"] for row in rows[1:]]
+        differences[1:] = [{"p": row["p"]} | {f"Δ {title}": row[title] for title in titles} for row in second]
+    return [row | difference for row, difference in zip(rows, differences, strict=True)]
+
+
+def table_rows(text):
+    """Return the rows of a table in Markdown as dicts."""
+    head, rule, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
     assert set("".join(rule)) == {"-"}
     return [dict(zip(head, row, strict=True)) for row in rows]
 
@@ -132,14 +148,14 @@ def test_the_table_ranks_and_compares(capsys):
     assert first["HellaSwag acc_norm"] == f"{a.mean():.4f} ± {error:.4f}"
     assert first["remarks"] == "beta2=0.99"
     assert second["remarks"] == ""
-    assert first["p"] == first["points to the first"] == "-"
+    assert first["p"] == first["Δ points on HellaSwag"] == "-"
     # the table of McNemar's test
     only_a = int((a & ~b).sum())
     only_b = int((b & ~a).sum())
     difference = only_b - only_a  # of 100 items, so in points
-    half = 1.96 * math.sqrt(only_b + only_a - difference ** 2 / 100)
+    half = 1.9842 * math.sqrt((only_b + only_a - difference ** 2 / 100) * 100 / 99)  # t of 99 degrees of freedom
     interval = f"[{difference - half:+.2f}, {difference + half:+.2f}]"
-    assert second["points to the first"] == f"{difference:+.2f} {interval}"
+    assert second["Δ points on HellaSwag"] == f"{difference:+.2f} {interval}"
     assert second["p"] == f"{compare.sign_test(only_b, only_a):.2g}"
     assert third["p"] == "-"  # other items
     assert compared(capsys, "log/worse", "log/gpt2", "log/llama/log.txt") == rows
@@ -156,11 +172,10 @@ def test_seeds_share_a_line(capsys):
     assert first["validation loss"] == "3.3000 (3.1000 to 3.5000)"
     # of the items both seeds have 0.3 right, and one of them another 0.2
     assert first["HellaSwag acc_norm"].startswith("0.4000 ± 0.0436 (0.3000 to 0.5000)")
-    # rwkv lacks the 0.2 that one seed has right, and 0.1 that both have
-    error = np.std([0.5] * 20 + [1] * 10 + [0] * 70) * 10
-    interval = f"[{-20 - 1.96 * error:+.2f}, {-20 + 1.96 * error:+.2f}]"
-    assert second["points to the first"] == f"-20.00 {interval}"
-    assert float(second["p"]) == pytest.approx(math.erfc(20 / error / math.sqrt(2)), rel=0.05)
+    # two seeds of losses 3.1 and 3.5 against one: 12.7062 is the t of 1 degree of freedom
+    half = 12.7062 * math.sqrt(0.08 * 1.5)
+    assert second["Δ validation loss"] == f"+0.1000 [{0.1 - half:+.4f}, {0.1 + half:+.4f}]"
+    assert second["Δ points on HellaSwag"].startswith("-20.00 [")
 
     made_up("log/gpt2-3", val=3.5, hits=three, seed=2)
     first, _ = compared(capsys)
@@ -175,21 +190,152 @@ def test_seeds_share_a_line(capsys):
     assert remarks == {"gpt2 (gpt2-4)": "", "gpt2 (gpt2-1)": "n_layer=2; a seed comes twice", "rwkv": ""}
 
 
+def test_student_equals_scipy():
+    stats = pytest.importorskip("scipy.stats")
+    for freedom in 1, 1.7, 4, 30, 1000, 1e5:
+        for p in 0.4, 0.05, 1e-4:
+            t = stats.t.isf(p / 2, freedom)
+            assert compare.quantile(p, freedom) == pytest.approx(t, rel=5e-3)
+            assert compare.p_value(-t, freedom) == pytest.approx(p, rel=5e-3)
+
+
+def made_up_group(samples):
+    """Return what compare.difference needs to know of a group: samples has what (runs, items) measured."""
+    group = types.SimpleNamespace(
+        results=[None] * len(samples), reasons=[], remarks=[], items="same", endings=None, losses=list(samples.mean(1)),
+        samples={"acc": samples, "loss": samples})
+    group.mean = lambda name: list(group.samples[name].mean(1))
+    return group
+
+
+@pytest.mark.parametrize("runs", [(1, 1), (2, 2, 2), (3, 1, 2, 2), (5, 3, 3, 3)])
+@pytest.mark.parametrize("of_runs, of_cells, of_models", [(1, 0.5, 0), (0, 10, 0), (0.5, 10, 0), (0.5, 5, 5)])
+def test_intervals_of_equal_architectures_cover_the_truth(runs, of_runs, of_cells, of_models):
+    """95% intervals of the difference between equal models hold 0 in 93 to 97% of the cases: whether it is the runs
+    that differ, what a run does with an item, or what a model does with it. One run against one is tested as a pair of
+    checkpoints, so without a spread of runs."""
+    if max(runs) == 1:
+        of_runs = 0
+        if not of_cells:
+            return
+    rng = np.random.default_rng(sum(runs))
+    covered = even = 0
+    repeats, n = 2000, 400
+    for _ in range(repeats):
+        items = rng.normal(0, 10, n)
+        groups = []
+        for n_runs in runs:
+            per_run = rng.normal(0, of_runs, (n_runs, 1)) + rng.normal(0, of_cells, (n_runs, n))
+            groups.append(made_up_group(3 + items + rng.normal(0, of_models, n) + per_run))
+        d = compare.difference(*groups[:2], "loss", compare.pool(groups, "loss"))
+        covered += abs(d.mean) < compare.quantile(0.05, d.freedom) * d.error
+        even += d.p < 0.5
+    assert 0.93 <= covered / repeats <= 0.97, covered / repeats
+    assert 0.45 <= even / repeats <= 0.56, even / repeats
+
+
 def test_p_values_of_equal_models_are_even():
-    """For 1 run against 1, 2 against 2, 3 against 1 of the same model, one in twenty p-values is below 0.05."""
+    """For one run against one, and three against three, of the same model, one in twenty p-values of accuracy is below
+    0.05."""
     rng = np.random.default_rng(0)
-    for a, b in (1, 1), (2, 2), (3, 1):
+    for n_runs, most in (1, 60), (3, 70):
         chance = rng.beta(0.6, 1.4, 2000)  # of each item to be right
-
-        def group(n):
-            correct = (rng.random((n, 2000)) < chance).mean(0)
-            return types.SimpleNamespace(results=[None] * n, items="same", correct=correct)
-
         low = 0
-        for _ in range(200):
-            _, p = compare.difference(group(a), group(b))
-            low += float(p) < 0.05
-        assert low <= 22, (a, b, low)
+        for _ in range(1000):
+            groups = [made_up_group((rng.random((n_runs, 2000)) < chance).astype(float)) for _ in range(2)]
+            low += compare.difference(*groups, "acc", compare.pool(groups, "acc")).p < 0.05
+        assert 25 <= low <= most, (n_runs, low)
+
+
+def test_without_items_the_spread_of_seeds_is_the_error(capsys):
+    """Another setting's seeds tell the spread; a seed that comes twice, and a run that cannot be compared, do not."""
+    for seed, val in (1, 3.0), (2, 3.02), (3, 3.04):
+        made_up(f"log/a{seed}", "gpt2", val, seed=seed)
+    for name, val in ("b", 3.2), ("c", 3.3):
+        made_up(f"log/{name}", name, val)
+    made_up("log/d1", "phi", 3.9, seed=1)
+    made_up("log/d2", "phi", 3.4, seed=1)
+    made_up("log/e", "rwkv", 4.0, data_dir="other")
+    rows = compared(capsys)
+    half = 4.3027 * 0.02 * math.sqrt(1 / 3 + 1)  # t of 2 degrees of freedom
+    assert rows[1]["Δ validation loss"] == f"+0.1800 [{0.18 - half:+.4f}, {0.18 + half:+.4f}]"
+    assert rows[-1]["Δ validation loss"] == "-"
+    show()
+    text = capsys.readouterr().out
+    assert "the spread between seeds (2 degrees of freedom)" in text
+    smallest = (4.3027 + 1.0607) * 0.02 * math.sqrt(1 / 3 + 1)  # the second is the t with 20% above it
+    assert f"find a true difference of {smallest:.4f} in validation loss." in text
+    show("log/b", "log/c")
+    assert "Differences" not in capsys.readouterr().out
+
+
+def with_items(folder, losses, rows=None, step=1000):
+    """Let a made-up run have HellaSwag's losses (items, 4), whose right ending is the first, and those of rows."""
+    ones = np.ones(losses.shape, np.int32)
+    n_bytes = np.tile(np.arange(len(losses), dtype=np.int32)[:, None] + 1, 4)
+    np.savez(f"{folder}/hella_{step}.npz", losses=losses.astype(np.float32), tokens=ones, bytes=n_bytes,
+             labels=np.zeros(len(losses), np.int64))
+    add_to_log(folder, f"{step} hella {(losses.argmin(1) == 0).mean():.4f}")
+    if rows is not None:
+        np.save(f"{folder}/val_{step}.npy", rows.astype(np.float32))
+
+
+def test_rows_and_endings_are_compared_in_pairs(capsys):
+    """The differences are those of a loop; their intervals those of paired differences. A file of hellaswag.py --save
+    is one line more."""
+    rng = np.random.default_rng(0)
+    losses = {name: rng.uniform(1, 9, (100, 4)) for name in "abr"}
+    rows = {name: rng.normal(mean, 0.1, 64) for name, mean in (("a", 3), ("b", 3.1))}
+    made_up("log/a", "llama", rows["a"].mean())
+    made_up("log/b", "gpt2", rows["b"].mean())
+    os.mkdir("elsewhere")
+    add_to_log("elsewhere")
+    for name in "ab":
+        with_items(f"log/{name}", losses[name], rows[name])
+    with_items("elsewhere", losses["r"])
+    os.rename("elsewhere/hella_1000.npz", "gpt2-124M.npz")
+    first, second, third = compared(capsys, "log", "gpt2-124M.npz")
+
+    bpb, gap = {}, {}
+    for name in "abr":
+        nats = losses[name].astype(np.float32).astype(float)
+        bpb[name] = nats[:, 0].sum() / sum(range(1, 101)) / math.log(2)
+        gap[name] = np.mean([(nats[i, 1:].mean() - nats[i, 0]) / (i + 1) for i in range(100)])
+    for row, name in zip((first, second, third), "abr"):
+        assert row["bits per byte of endings"] == f"{bpb[name]:.4f}"
+        assert row["gap of endings"] == f"{gap[name]:.5f}"
+    d = (rows["b"] - rows["a"]).astype(np.float32)
+    half = 1.9983 * d.std(ddof=1) / 8  # t of 63 degrees of freedom
+    mean, low, high = map(float, re.findall(r"[-+.\d]+", second["Δ validation loss"]))
+    assert (mean, low, high) == pytest.approx((d.mean(), d.mean() - half, d.mean() + half), abs=2e-4)
+    assert second["Δ bits per byte of endings"].startswith(f"{bpb['b'] - bpb['a']:+.4f} [")
+    assert second["Δ gap of endings"].startswith(f"{gap['b'] - gap['a']:+.5f} [")
+    assert third["Δ bits per byte of endings"].startswith(f"{bpb['r'] - bpb['a']:+.4f} [")
+    assert (third["model"], third["remarks"], third["Δ validation loss"]) == ("gpt2-124M", "HellaSwag only", "-")
+    right = {name: losses[name].argmin(1) == 0 for name in "abr"}
+    assert third["p"] == f"{compare.sign_test((right['r'] & ~right['a']).sum(), (right['a'] & ~right['r']).sum()):.2g}"
+    with np.load("gpt2-124M.npz") as file:
+        other = dict(file)
+    other["bytes"] += 1
+    np.savez("gpt2-124M.npz", **other)  # other items
+    assert compared(capsys, "log", "gpt2-124M.npz")[2]["Δ points on HellaSwag"] == "-"
+    show("log", "gpt2-124M.npz", "--effects")
+    assert "gpt2-124M" not in capsys.readouterr().out
+    with open("gpt2-124M.npz", "w") as file:
+        file.write("x")
+    bad(capsys, lambda: show("log", "gpt2-124M.npz"), "gpt2-124M.npz is damaged")
+
+
+def test_the_best_of_several_learning_rates_is_named(capsys):
+    for i, (rate, val) in enumerate([(0.001, 3.2), (0.002, 3.0), (0.004, 3.1)]):
+        made_up(f"log/a{i}", "gpt2", val, learning_rate=rate)
+        made_up(f"log/b{i}", "llama", val + 0.05 - 0.2 * i, learning_rate=rate)
+    made_up("log/c", "phi", 4.0, learning_rate=0.001)
+    remarks = [(row["model"], row["remarks"]) for row in compared(capsys)]
+    assert remarks == [
+        ("llama (b2)", "learning_rate=0.004, the best of 3"), ("llama (b1)", "learning_rate=0.002"),
+        ("gpt2 (a1)", "learning_rate=0.002, the best of 3"), ("gpt2 (a2)", "learning_rate=0.004"),
+        ("gpt2 (a0)", "learning_rate=0.001"), ("llama (b0)", "learning_rate=0.001"), ("phi", "")]
 
 
 def test_what_is_not_comparable_is_marked(capsys):
@@ -197,7 +343,7 @@ def test_what_is_not_comparable_is_marked(capsys):
     made_up("log/b", "llama", 3.6)
     made_up("log/c", "phi", 3.0, data_dir="other")
     made_up("log/d", "gemma", 3.1, steps=700)
-    made_up("log/e", "rwkv", 3.2, learning_rate=1.0)
+    made_up("log/e", "rwkv", 3.2, min_lr_ratio=1.0)
     made_up("log/f", "gpt2", 2.0, init_from="gpt2")
     made_up("log/g", "llama", 2.5, steps=300, every=100, seed=2)
     made_up("log/h", "deepseek", 2.1, every=300)
@@ -217,7 +363,7 @@ def test_what_is_not_comparable_is_marked(capsys):
     assert remarks["deepseek"] == "not comparable: validation loss of step 900, not 1000"
     assert remarks["phi"] == "not comparable: data_dir=other instead of data"
     assert remarks["gemma"] == "not comparable: in progress, step 700 of 1000"
-    assert remarks["rwkv"] == "not comparable: learning_rate=1.0 instead of None"
+    assert remarks["rwkv"] == "not comparable: min_lr_ratio=1.0 instead of None"
     assert rows["gemma"]["tokens"] == "700,000"
     assert rows["gemma"]["validation loss"] == "3.1000"
     peer = rows["build-nanogpt"]
@@ -253,7 +399,7 @@ def test_what_changed_on_the_way_is_counted_and_named(capsys):
     assert [row["remarks"] for row in rows.values()][:4] == ["", "", "", ""]
     assert [row["tokens"] for row in rows.values()][:4] == ["1,000,000"] * 4
     assert rows["phi"]["remarks"].startswith(
-        "not comparable: learning_rate changed at step 500: 0.001 -> 0.0005; learning_rate=0.0005 instead of None")
+        "not comparable: learning_rate changed at step 500: 0.001 -> 0.0005")
     assert rows["phi"]["tokens"] == "1,000,000"
     assert rows["rwkv (c)"]["remarks"] == "not comparable: total_batch_size changed at step 300: 500 -> 1000"
     assert rows["rwkv (c)"]["tokens"] == f"{300 * 500 + 700 * 1000:,}"
@@ -423,7 +569,7 @@ def test_vocabularies_that_cannot_be_compared_say_why(capsys):
     validated("log/far", 0.9, "b", bytes_per_token=4.09)
     made_up("log/large", "gemma", 2.0, **OWN | {"total_batch_size": 10 ** 6})
     validated("log/large", 0.9, "c")
-    made_up("log/rate", "rwkv", 2.0, **OWN, learning_rate=1.0)
+    made_up("log/rate", "rwkv", 2.0, **OWN, min_lr_ratio=1.0)
     validated("log/rate", 0.9, "d")
     made_up("log/half", "mistral", 2.0, **OWN | {"max_steps": 1250, "steps": 1250, "every": 250})
     validated("log/half", 0.9, "a")
@@ -444,7 +590,7 @@ def test_vocabularies_that_cannot_be_compared_say_why(capsys):
     assert {row["model"]: row["remarks"].removeprefix("not comparable: ") for row in rows} == {
         "phi": "trained on about 5.11 MB of text instead of 5 MB",
         "gemma": "trained on about 10 GB of text instead of 5 MB",
-        "rwkv": "learning_rate=1.0 instead of None",
+        "rwkv": "min_lr_ratio=1.0 instead of None",
         "mistral": "max_steps=1250 instead of 2500",
         "hybrid": "max_steps=990 instead of 1000",
         "gpt2 (text)": f"vocab_size=256 instead of 8192 (aaaaaaaa): {ADVICE}; "
@@ -477,9 +623,10 @@ def test_runs_of_one_vocabulary_are_validated_on_the_same_text(capsys):
 def test_hellaswag_across_vocabularies_is_per_byte(capsys):
     rng = np.random.default_rng(0)
     right = {}
+    n_bytes = rng.integers(2, 5, (100, 4), np.int32)
     for name, vocab in ("a", None), ("b", "b"), ("old", "c"):
         losses = rng.random((100, 4), np.float32) + 1
-        lengths = {unit: rng.integers(2, 5, (100, 4), np.int32) for unit in ("tokens", "bytes")}
+        lengths = {"tokens": rng.integers(2, 5, (100, 4), np.int32), "bytes": n_bytes}
         labels = rng.integers(0, 4, 100)
         for unit in lengths:
             right[name, unit] = np.array([np.argmin(loss / length) == label
@@ -499,10 +646,10 @@ def test_hellaswag_across_vocabularies_is_per_byte(capsys):
         correct = right[name, "bytes"]
         assert row[column] == f"{correct.mean():.4f} ± {correct.std() / 10:.4f}"
         assert correct.sum() != right[name, "tokens"].sum()
-    assert rows[2][column] == rows[2]["points to the first"] == rows[2]["p"] == "-"
+    assert rows[2][column] == rows[2]["Δ points on HellaSwag"] == rows[2]["p"] == "-"
     assert "HellaSwag's items are not all there" in rows[2]["remarks"]
     a, b = right["a", "bytes"], right["b", "bytes"]
-    assert rows[1]["points to the first"].startswith(f"{int(b.sum()) - int(a.sum()):+.2f} [")
+    assert rows[1]["Δ points on HellaSwag"].startswith(f"{int(b.sum()) - int(a.sum()):+.2f} [")
     assert rows[1]["p"] == f"{compare.sign_test(int((b & ~a).sum()), int((a & ~b).sum())):.2g}"
 
 

@@ -256,7 +256,7 @@ def test_files_are_short_and_narrow():
             lines = source_of(path).splitlines()
             limit = 120 if path.startswith(("test_", "conftest")) else 100
             assert max(map(len, lines)) <= limit, path
-            assert len(lines) <= {"common.py": 490, "run.py": 580, "muon.py": 130}.get(path, len(lines)), path
+            assert len(lines) <= {"common.py": 500, "run.py": 600, "muon.py": 130}.get(path, len(lines)), path
 
 
 def test_shared_files_know_no_architecture():

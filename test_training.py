@@ -939,7 +939,7 @@ def test_hellaswag_from_the_shell(monkeypatch, gpt2_bpe, hellaswag_items):
     train("gpt2", monkeypatch, *QUICK, "--export=exported")
     # a checkpoint and its export score the same
     ours = shell("hellaswag.py", checkpoint, "--hellaswag_file=h.jsonl")
-    theirs = shell("hellaswag.py", "exported", "--hellaswag_file=h.jsonl")
+    theirs = shell("hellaswag.py", "exported", "--hellaswag_file=h.jsonl", "--save=exported.npz")
     assert ours.returncode == theirs.returncode == 0, ours.stderr + theirs.stderr
     assert ours.stdout.splitlines()[:3] == theirs.stdout.splitlines()[:3]
     printed = re.findall(r"^(acc\w*) +(0\.\d{4}) \+- 0\.\d{4}  \(\d+/30\)$", ours.stdout, re.M)
@@ -950,6 +950,19 @@ def test_hellaswag_from_the_shell(monkeypatch, gpt2_bpe, hellaswag_items):
     for (_, score), divisor in zip(printed, (1, saved["tokens"], saved["bytes"])):
         assert score == f"{np.mean((saved['losses'] / divisor).argmin(1) == saved['labels']):.4f}"
     assert "items/s" in ours.stdout
+    for name, digits in ("bpb", 4), ("gap", 5):
+        value = re.search(rf"^{name} +(-?\d\.\d{{{digits}}}) \+- \d\.\d+$", ours.stdout, re.M)[1]
+        assert float(value) == stream_of(f"hella_{name}", "log/gpt2-tiny")[-1]
+    # --save keeps the same of any model, and compare.py takes it
+    external = np.load("exported.npz")
+    for name in "tokens", "bytes", "labels":
+        np.testing.assert_array_equal(external[name], saved[name])
+    np.testing.assert_allclose(external["losses"], saved["losses"], rtol=1e-4)
+    compared = shell("compare.py", "log/gpt2-tiny", "exported.npz")
+    assert re.search(r"^\| exported \| +- .*HellaSwag only", compared.stdout, re.M), compared.stderr
+    for options in ["--save=x"], ["--save=h.jsonl/x.npz"], ["--save=x.npz", "--style=lm-eval"]:
+        result = shell("hellaswag.py", "exported", "--hellaswag_file=h.jsonl", *options)
+        assert result.returncode == 1 and "--save" in result.stderr.splitlines()[-1]
     # the style of lm-eval needs the fields of the original file
     with open("h.jsonl") as f:
         items = [json.loads(line) for line in f]
