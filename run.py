@@ -471,8 +471,9 @@ class Run:
         self.log(step, "hella", f"{p:.4f}")
         self.log(step, "hella_bpb", f"{bpb:.4f}")
         self.log(step, "hella_gap", f"{gap:.5f}")
+        seconds = time.perf_counter() - self.clock
         self.say(f"step {step:5d} | HellaSwag {p:.4f} +- {error:.4f} | {bpb:.4f} bits per byte | "
-                 f"gap {gap:.5f} | {len(correct)} items in {time.perf_counter() - self.clock:.1f} s")
+                 f"gap {gap:.5f} | {len(correct)} items in {seconds:.1f} s")
 
     def show_sample(self, step, tokenizer):
         self.flush()
