@@ -236,7 +236,7 @@ IMPORTS = {
     "common": {"fineweb"},
     "run": {"common", "fineweb"},
     "hellaswag": {"common", "fineweb", "run"},
-    "compare": {"common", "fineweb"},
+    "compare": {"common", "fineweb", "hellaswag"},
     "muon": set(),
     **{f"train_{arch}": {"common", "fineweb", "hellaswag", "muon", "run"} for arch in ARCHS},
 }
