@@ -17,8 +17,10 @@ the style "lm-eval": a loss per token depends on the tokens.
 
 Two more scores move before accuracy leaves chance. "bpb" is the bits per byte of the right endings,
 which shows how fluent the model is in such text. "gap" is the mean loss per byte of the wrong
-endings minus that of the right one, in nats: it is 0 at chance and shows whether the model chooses.
-DataDecide (Magnusson et al. 2025, arXiv 2504.11393, section 2.4) compares such scores.
+endings minus that of the right one, in nats, which grows as the model learns to choose. It is not
+quite 0 at chance: with GPT-2's vocabulary an untrained model has 0.01, as the wrong endings have
+slightly more tokens per byte. DataDecide (Magnusson et al. 2025, arXiv 2504.11393) compares scores
+of this kind.
 
 With --save=FILE.npz the losses are kept, so that compare.py can show the model beside others.
 """
