@@ -1019,11 +1019,12 @@ def make_shards(data_dir, source, args):
 
 def find_published(repo):
     """Return {local name: (split, published name, bytes)} of a repository's shards, validation
-    first. Splits and numbers stay; a shard without a number gets the first, 0 for val, 1 for train.
-    """
+    first, and whether it has a vocabulary. Splits and numbers stay; a shard without a number gets
+    the first, 0 for val, 1 for train."""
     from huggingface_hub import HfApi
-    found = {}
+    found, has_vocab = {}, False
     for entry in HfApi().list_repo_tree(repo, repo_type="dataset"):
+        has_vocab = has_vocab or entry.path == VOCAB_FILE
         splits = splits_of(entry.path)
         if not entry.path.endswith(".bin") or not splits:
             continue
@@ -1035,22 +1036,36 @@ def find_published(repo):
         if name in found:
             fail(f"--dataset {repo}: {found[name][1]} and {entry.path} would both become {name}")
         found[name] = splits[0], entry.path, entry.size
-    return dict(sorted(found.items(), key=lambda item: (item[1][0] != "val", name_order(item[0]))))
+    order = sorted(found.items(), key=lambda item: (item[1][0] != "val", name_order(item[0])))
+    return dict(order), has_vocab
+
+
+def fetch_vocab(data_dir, repo, has_vocab):
+    """Download a repository's vocabulary, if it has one. Without one its tokens are GPT-2's."""
+    from huggingface_hub import hf_hub_download
+    vocab = read_vocab(hf_hub_download(repo, VOCAB_FILE, repo_type="dataset")) if has_vocab else ""
+    path = os.path.join(data_dir, VOCAB_FILE)
+    has_files = any(name.endswith(".bin") or name == VOCAB_FILE for name in os.listdir(data_dir))
+    if has_files and vocab != vocab_of(data_dir):
+        fail(f"{data_dir} holds tokens of another vocabulary than {repo}: use another --data_dir")
+    if vocab:
+        with replacing(path) as file:
+            file.write(vocab.encode())
 
 
 def fetch_shards(data_dir, repo, max_tokens):
     """Download published shards, validation first, until there are max_tokens (None: all). Shards
     that are in the folder already are kept if they are whole."""
     from huggingface_hub import hf_hub_download
-    for name in "progress.json", VOCAB_FILE:
-        if os.path.exists(os.path.join(data_dir, name)):
-            fail(f"{data_dir} holds shards made here ({name}); use another --data_dir")
+    if os.path.exists(os.path.join(data_dir, "progress.json")):
+        fail(f"{data_dir} holds shards made here (progress.json); use another --data_dir")
     total = 0
     begun = set()  # splits of which there is a shard: each gets one, whatever max_tokens is
     try:
-        published = find_published(repo)
+        published, has_vocab = find_published(repo)
         if not published:
             fail(f"--dataset {repo}: no shards (*_val_000000.bin, *_train_000001.bin, ...) in it")
+        fetch_vocab(data_dir, repo, has_vocab)
         for local_name, (split, name, size) in published.items():
             if max_tokens and total >= max_tokens and split in begun:
                 continue

@@ -10,6 +10,7 @@ The reference is the format spelled out once more in `expected_shards`, with tik
 loopback stands in for huggingface.co, so no test needs a network, except that GPT-2's BPE must be in TIKTOKEN_CACHE_DIR
 or be downloaded: tests that need it are skipped where it cannot be loaded.
 """
+import base64
 import contextlib
 import errno
 import fcntl
@@ -981,6 +982,16 @@ def test_pretokenized(tmp_path, hub):
         _, errors = run_fineweb("--pretokenized", "--dataset", "some/pair", "--data_dir", tmp_path / "bad", env=hub,
                                 code=1)
         assert_one_line(errors, says)
+    # a vocabulary comes along, and is not mixed with another
+    letters = "".join(f"{base64.b64encode(bytes([i])).decode()} {i}\n" for i in range(256)).encode()
+    Hub.repos["some/bytes"] = {"vocab.tiktoken": letters, "x_train_1.bin": shard(70, 1), "x_val_0.bin": shard(70, 2)}
+    for _ in "first", "again":
+        run_fineweb("--pretokenized", "--dataset", "some/bytes", "--data_dir", tmp_path / "bytes", env=hub)
+        assert (tmp_path / "bytes/vocab.tiktoken").read_bytes() == letters
+        assert fineweb.n_tokens(fineweb.vocab_of(tmp_path / "bytes")) == 257
+    for repo, folder in ("some/bytes", edu), ("some/tiny", tmp_path / "bytes"):
+        _, errors = run_fineweb("--pretokenized", "--dataset", repo, "--data_dir", folder, env=hub, code=1)
+        assert_one_line(errors, f"holds tokens of another vocabulary than {repo}")
     Hub.repos["some/empty"] = {"README.md": b"x"}
     for repo in "some/empty", "no/such":
         _, errors = run_fineweb("--pretokenized", "--dataset", repo, "--data_dir", tmp_path / "bad", env=hub, code=1)
