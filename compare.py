@@ -222,7 +222,10 @@ def read_scores(path):
         saved = np.load(path)
         losses, tokens, n_bytes, labels = (
             saved[name] for name in ("losses", "tokens", "bytes", "labels"))
-        if losses.ndim != 2 or len(losses) == 0:
+        is_whole = losses.shape == tokens.shape == n_bytes.shape == (len(labels), 4)
+        # without items there is no minimum, which is an error, too
+        counts_from_1 = min(tokens.min(), n_bytes.min(), labels.min() + 1) >= 1
+        if not is_whole or not counts_from_1 or losses.dtype != np.float32:
             raise ValueError
         return item_scores(losses, tokens, n_bytes, labels) | {"bytes": n_bytes}
     except Exception:  # np.load raises many kinds of error
@@ -392,6 +395,7 @@ class Reference:
         self.results = [None]  # as a setting with one run
         self.reasons = ["HellaSwag only"]
         self.losses = []
+        self.items = None  # the name of their file is unknown
         self.endings = scores["bytes"]
         self.samples = {name: scores[score][None].astype(float) for name, score in (
             ("acc", accuracy), ("bpb", "bpb"), ("gap", "gap"))}
@@ -614,6 +618,7 @@ def same_items(group, first):
     return np.array_equal(group.endings, first.endings)
 
 
+@np.errstate(invalid="ignore")  # a model that diverged may have infinite losses
 def difference(group, first, name, pooled):
     """Return the Difference of a score between two groups, or None if that or its error is unknown.
     Losses are on the same rows in comparable groups only. pooled: what `pool` returns."""
@@ -631,11 +636,13 @@ def difference(group, first, name, pooled):
     parts = of_seeds ** 2 / freedom if freedom else 0.0  # for Satterthwaite's degrees of freedom
     if paired:
         each = a.mean(0) - b.mean(0)  # (items,)
-        of_items = max(0.0, (each.var() - i2 * share) / (len(each) - 1)) if len(each) > 1 else 0.0
-        parts += of_items ** 2 / max(1, len(each) - 1)
+        rest = max(1, len(each) - 1)
+        of_items = np.maximum(0.0, (each.var() - i2 * share) / rest)  # nan stays nan
+        parts += of_items ** 2 / rest
     variance = of_seeds + of_items
-    if variance == 0:
-        return Difference(mean, 0.0, 1.0, float(mean == 0))
+    if not 0 < variance < math.inf:  # no spread was seen, so that none is known
+        is_same = paired and not each.any()
+        return Difference(0.0, 0.0, 1.0, 1.0) if is_same else None
     error = math.sqrt(variance)
     total_freedom = min(variance ** 2 / parts, 1e5)  # more is the normal distribution
     p = p_value(mean / error, total_freedom)
@@ -966,7 +973,8 @@ def main():
     if args.plot is not None and not re.search(r"\w\.\w+$", args.plot):
         fail(f"--plot={args.plot} is not the name of an image: use a name such as curves.png")
 
-    references = [path for path in args.paths if path.endswith(".npz") and os.path.isfile(path)]
+    references = [path for path in dict.fromkeys(args.paths)
+                  if path.endswith(".npz") and os.path.isfile(path)]
     results = []
     for path in find_logs([path for path in args.paths if path not in references]):
         try:

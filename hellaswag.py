@@ -166,6 +166,7 @@ STYLES = {"completion": Style(render, ("ctx",)),
 
 # ---- scores --------------------------------------------------------------------------------------
 
+@np.errstate(invalid="ignore")  # a model that diverged may have infinite losses
 def item_scores(losses, lengths, n_bytes, labels):
     """Return what each score says of each item, (items,): whether it is right by "acc", "acc_norm"
     and "acc_bytes" (bool), and "bpb" and "gap" (float). The mean over the items is the score.
@@ -173,7 +174,9 @@ def item_scores(losses, lengths, n_bytes, labels):
     losses: the summed losses of the endings in nats; lengths: what acc_norm divides them by;
     n_bytes: their UTF-8 bytes; each (items, 4). labels: the right endings (items,)."""
     scores = {"acc": losses, "acc_norm": losses / lengths, "acc_bytes": losses / n_bytes}
-    scores = {name: score.argmin(1) == labels for name, score in scores.items()}
+    # where a loss is nan there is no answer
+    scores = {name: (score.argmin(1) == labels) & np.isfinite(score.min(1))
+              for name, score in scores.items()}
 
     def of_right(numbers):
         return np.take_along_axis(numbers, labels[:, None], 1)[:, 0].astype(float)

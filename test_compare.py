@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 import types
 
@@ -23,6 +24,7 @@ import numpy as np
 import pytest
 
 import compare
+import hellaswag
 from conftest import bad, quick, stream_of, train
 
 
@@ -324,6 +326,64 @@ def test_rows_and_endings_are_compared_in_pairs(capsys):
     with open("gpt2-124M.npz", "w") as file:
         file.write("x")
     bad(capsys, lambda: show("log", "gpt2-124M.npz"), "gpt2-124M.npz is damaged")
+
+
+def test_a_spread_that_is_unknown_gives_no_interval(capsys, recwarn):
+    """One row or item, or losses that are not finite, say nothing of the error; two equal checkpoints do not differ.
+    A model without finite losses is right nowhere."""
+    rng = np.random.default_rng(0)
+    for name, arch, val in ("a", "llama", 3.0), ("b", "gpt2", 3.1):
+        made_up(f"log/{name}", arch, val)
+        with_items(f"log/{name}", rng.uniform(1, 9, (1, 4)), np.array([val]))
+    titles = ["validation loss", "bits per byte of endings", "gap of endings"]
+    assert [compared(capsys, "log")[1][f"Δ {title}"] for title in titles] == ["-"] * 3
+    assert "true difference" not in capsys.readouterr().out
+
+    infinite = rng.uniform(1, 9, (20, 4))
+    infinite[:10] = math.inf
+    infinite[10:] = math.nan
+    rows = np.full(16, math.inf)
+    rows[:8] = math.nan
+    with_items("log/a", rng.uniform(1, 9, (20, 4)), rng.normal(3, 0.1, 16))
+    with_items("log/b", infinite, rows)
+    second = compared(capsys, "log")[1]
+    assert [second[f"Δ {title}"] for title in titles] == ["-"] * 3
+    with np.load("log/b/hella_1000.npz") as file:
+        scores = hellaswag.item_scores(file["losses"], file["tokens"], file["bytes"], file["labels"])
+    assert not any(scores[name].any() for name in ("acc", "acc_norm", "acc_bytes"))
+    assert not recwarn.list
+
+    for path in "hella_1000.npz", "val_1000.npy", "log.txt":
+        shutil.copy(f"log/a/{path}", f"log/b/{path}")
+    second = compared(capsys, "log")[1]
+    assert second["p"] == "1"
+    assert [second[f"Δ {title}"] for title in titles[:2]] == ["+0.0000 [+0.0000, +0.0000]"] * 2
+
+
+def test_a_reference_stands_beside_old_runs(capsys):
+    """Of an old run it is not known which items it was evaluated on."""
+    made_up("log/a", hits=np.arange(20) % 3 == 0)
+    made_up("log/b", "llama", 4.1)
+    with_items("log/b", np.random.default_rng(0).uniform(1, 9, (20, 4)))
+    rows = compared(capsys, "log", *["log/b/hella_1000.npz"] * 2)
+    assert [row["model"] for row in rows] == ["gpt2", "llama", "hella_1000"]
+    assert [row["p"] == "-" for row in rows] == [True, False, True]
+
+
+@pytest.mark.parametrize("change", [
+    {"labels": np.full(20, -1)}, {"labels": np.full(20, 4)}, {"labels": np.zeros(1, int)}, {"labels": np.zeros(20)},
+    {"tokens": np.zeros((20, 4), np.int32)}, {"bytes": np.zeros((20, 4), np.int32)},
+    {"tokens": np.ones((1, 4), np.int32)}, {"losses": np.ones((20, 4))}, {"losses": np.ones((20, 4), complex)},
+    {name: np.ones((20, 5), np.float32) for name in ("losses", "tokens", "bytes")},
+    {name: np.ones((0, 4), np.float32) for name in ("losses", "tokens", "bytes")} | {"labels": np.zeros(0, int)},
+])
+def test_damaged_items_are_one_line(change, capsys):
+    made_up("log/a")
+    with_items("log/a", np.random.default_rng(0).uniform(1, 9, (20, 4)))
+    with np.load("log/a/hella_1000.npz") as file:
+        whole = dict(file)
+    np.savez("log/a/hella_1000.npz", **whole | change)
+    bad(capsys, lambda: show("log"), "hella_1000.npz is damaged")
 
 
 def test_the_best_of_several_learning_rates_is_named(capsys):
