@@ -9,7 +9,7 @@ The predicted loss comes from laws of the form E + A / N^a + B / D^b, for N para
 They were fitted to other text in other vocabularies: their differences carry over, their values do
 not. For GPT-2 of 124M they give about 3.04 on FineWeb, where llm.c measured 3.27. So the prediction
 is also shown shifted by what the laws miss at a run that is finished: the nearest in log/ with the
-same vocabulary, or llm.c's. Both are estimates.
+same vocabulary, or llm.c's, if its N D is within a factor of 100. Both are estimates.
 """
 import importlib
 import math
@@ -81,7 +81,8 @@ def results(log):
 
 
 def reference(cfg, N, D, log):
-    """Return the finished run with the same vocabulary whose N D is nearest, as LLMC, or None."""
+    """Return the finished run with the same vocabulary whose N D is nearest, as LLMC, or None if
+    there is none within a factor of 100."""
     known = [LLMC] if cfg.vocab_size in (50257, 50304) else []
     for result in results(log):
         losses = result.curves["val_full"] or result.curves["val"]
@@ -89,8 +90,13 @@ def reference(cfg, N, D, log):
         if trained and losses and result.config["vocab_size"] == cfg.vocab_size:
             known.append({"where": os.path.relpath(result.folder), "loss": losses[max(losses)],
                           "N": result.info["params"]["total"], "D": result.tokens(result.steps)})
-    distance = {i: abs(math.log(run["N"] * run["D"] / (N * D))) for i, run in enumerate(known)}
-    return known[min(distance, key=distance.get)] if known else None
+
+    def distance(run):
+        return abs(math.log(run["N"] * run["D"] / (N * D)))
+
+    nearest = min(known, key=distance, default=None)
+    # what the laws miss at another scale, as in a trial of few steps, says nothing here
+    return nearest if nearest and distance(nearest) < math.log(100) else None
 
 
 # ---- one plan ------------------------------------------------------------------------------------

@@ -108,6 +108,10 @@ def test_the_nearest_finished_run_shifts_the_prediction(capsys, monkeypatch):
         file.write("{")
     finished_run("broken/diverged", math.nan, 124475904, 10000)
     assert planned(capsys, monkeypatch, "gpt2", "--log=broken") == out
+    # llm.c's run has 124.5e6 x 10.26e9: a plan of a hundredth of that, or less, is not shifted
+    for steps, is_near in (250, True), (150, False):
+        shifted = "shifted" in planned(capsys, monkeypatch, "gpt2", "--log=x", f"--max_steps={steps}")
+        assert shifted == is_near
 
 
 def test_data_time_and_price(capsys, monkeypatch):
@@ -145,6 +149,7 @@ def test_all_scripts_in_one_table(capsys, monkeypatch):
     ("llama --gpus=8xTPU", "--gpus=8xTPU"),
     ("bert", "bert"),
     ("llama --n_layers=3", "--n_layer"),
+    ("all --window=16", "unknown option --window=16 (train_deepseek.py --help"),
     ("llama --n_head=5", "n_head=5"),
     ("llama --max_steps=0", "--max_steps=0"),
     ("llama --mfu=40", "--mfu=40"),
