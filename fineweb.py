@@ -98,7 +98,7 @@ class Parser(argparse.ArgumentParser):
     """A parser of options whose errors are one line."""
 
     def error(self, message):
-        fail(f"{message} (--help lists the options)")
+        fail(f"{message} ({self.prog} --help lists the options)")
 
 
 @contextmanager
@@ -448,7 +448,7 @@ class Files:
         return known
 
     def read(self, start):
-        total_bytes = sum(self.sizes.values())
+        total_bytes = max(1, sum(self.sizes.values()))  # all files may be empty
         bytes_before = 0  # in the files before the current one
         for i, (path, size) in enumerate(self.sizes.items()):
             # counts[i] is known if file i was read to its end; skip it if `start` lies behind it
@@ -957,7 +957,7 @@ def make_vocab(data_dir, source, progress, args):
         print(f"{path}: {n_tokens(vocab):,} tokens, trained on the first {args.vocab_mb} MB"
               + ("; the text has no more" if n_tokens(vocab) < args.vocab_size else ""))
     else:
-        vocab = read_vocab(args.vocab) if args.vocab else ""
+        vocab = "" if args.vocab is None else read_vocab(args.vocab)
     if vocab:
         with replacing(path) as file:
             file.write(vocab.encode())
@@ -978,7 +978,7 @@ def make_shards(data_dir, source, args):
                "max_tokens": max_tokens}
     if args.vocab_size:
         options |= {"vocab_size": args.vocab_size, "vocab_mb": args.vocab_mb}
-    if args.vocab:
+    if args.vocab is not None:
         options["vocab"] = digest(read_vocab(args.vocab))
     progress = load_progress(data_dir, options)
     shard, done = progress["shard"], progress["tokens"]

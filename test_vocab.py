@@ -185,6 +185,13 @@ def test_bad_options(options, says, monkeypatch, capsys):
     bad(capsys, fineweb.parse_args, says)
 
 
+def test_no_text_and_no_name_are_one_line(monkeypatch, capsys):
+    open("empty.txt", "w").close()
+    for option, says in ("--vocab_size=257", "there are only 0 tokens"), ("--vocab=", "No such file"):
+        monkeypatch.setattr(sys, "argv", ["fineweb.py", "--files=empty.txt", "--data_dir=d", "--num_proc=1", option])
+        bad(capsys, fineweb.main, says)
+
+
 def test_another_vocabulary_beside_the_shards_is_refused(own, tmp_path, monkeypatch, capsys):
     shutil.copytree(own / "own", "data")
     os.remove("data/vocab.tiktoken")
