@@ -16,9 +16,10 @@ It has 122,606,080 parameters in 11 layers of width 640.
 
 What to expect: it is level with Gemma 3 in the small runs of the README, at 1.9 times the time of
 GPT-2. It has no context limit: --sample takes prompts of any length and reads each token once, with
-a state of constant size. --export writes model.pth for RWKV runners, with GPT-2's vocabulary. In
-plain PyTorch memory traffic limits its speed; a fused kernel would be faster. --recompute saves
-memory and costs time.
+a state of constant size. --export writes model.pth for RWKV runners, with GPT-2's vocabulary. On
+NVIDIA's GPUs from Ampere on, bf16 and float16 runs use a Triton kernel for the time mix, which has
+not run on a GPU yet. Elsewhere plain PyTorch computes it, whose memory traffic limits the speed;
+--recompute saves memory there and costs time.
 
 Run it:
   python train_rwkv.py --tiny                # a small model on built-in text, minutes on a CPU
@@ -35,6 +36,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint
 
@@ -44,6 +46,17 @@ from fineweb import get_tokenizer, one_line_errors, vocab_of
 from hellaswag import load_hellaswag
 from muon import Muon, Optimizers
 from run import Run, check_memory, use_checkpoint
+
+try:
+    import triton
+    import triton.language as tl
+    from triton import jit
+    from triton.language import constexpr
+except ImportError:  # only PyTorch for NVIDIA's GPUs brings it along
+    triton = constexpr = None
+
+    def jit(kernel):
+        return kernel
 
 ARCH = "rwkv"
 
@@ -193,6 +206,238 @@ def wkv(r, log_w, k, v, a, b, state, chunk):
     return y.view(B, H, -1, N)[:, :, :T], state.mT.unflatten(0, (B, H))
 
 
+# ---- the same as one Triton kernel, and one for the backward pass -------------------------------
+
+INTERPRETED = triton is not None and triton.knobs.runtime.interpret
+CHUNK = 16  # tokens per chunk of the kernels
+
+
+@jit
+def load(tensor, places, mask):
+    return tl.load(tensor + places, mask=mask, other=0.0).to(tl.float32)
+
+
+@jit
+def product(x, y, DTYPE: constexpr):
+    """Return x y: rounded to DTYPE, float32 to TF32, and summed in float32."""
+    return tl.dot(x.to(DTYPE), y.to(DTYPE), input_precision="tf32")
+
+
+@jit
+def places_of(program, chunk, T, H, N: constexpr, C: constexpr):
+    """Return where a chunk's vectors are in a tensor (B, T, H, N), as columns: (N, C), and which of
+    its tokens exist: (1, C)."""
+    token = chunk * C + tl.arange(0, C)[None, :]
+    first = (program // H * T * H + program % H) * N  # an int64, as is program
+    return first + token * (H * N) + tl.arange(0, N)[:, None], token < T
+
+
+@jit
+def decayed(r, log_w, k, a, b, g):
+    """Return R, K, A and B of wkv_fused."""
+    return r * tl.exp(g), k * tl.exp(-g), a * tl.exp(g - log_w), b * tl.exp(-g)
+
+
+@jit
+def wkv_forward_kernel(r_ptr, log_w_ptr, k_ptr, v_ptr, a_ptr, b_ptr, state_ptr,  # inputs
+                       y_ptr, end_ptr, S_ptr, U_ptr, X_ptr,  # outputs
+                       T, H, N: constexpr, C: constexpr, DTYPE: constexpr):
+    program = tl.program_id(0).to(tl.int64)  # b H + h
+    n_chunks = tl.cdiv(T, C)
+    i, t = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    square = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
+    S = tl.load(state_ptr + program * N * N + square)
+    for chunk in range(n_chunks):
+        place, exists = places_of(program, chunk, T, H, N, C)
+        log_w = load(log_w_ptr, place, exists)
+        r, k, v = load(r_ptr, place, exists), load(k_ptr, place, exists), load(v_ptr, place, exists)
+        a, b = load(a_ptr, place, exists), load(b_ptr, place, exists)
+        R, K, A, B = decayed(r, log_w, k, a, b, tl.cumsum(log_w, axis=1))
+        ab = tl.where(i < t, product(B.T, A, DTYPE), 0.0)  # (1)
+        ak = tl.where(i < t, product(K.T, A, DTYPE), 0.0)
+        br = tl.where(i <= t, product(B.T, R, DTYPE), 0.0)
+        kr = tl.where(i <= t, product(K.T, R, DTYPE), 0.0)
+        # (2): invert blocks of 2 x 2, then merge neighbours to blocks of 4, 8 and 16
+        X = tl.where(i == t, 1.0, tl.where(i // 2 == t // 2, ab, 0.0))
+        for p in tl.static_range(1, 4):
+            corner = tl.where((i >> p != t >> p) & (i >> p + 1 == t >> p + 1), ab, 0.0)
+            X += product(product(X, corner, DTYPE), X, DTYPE)
+        U = product(product(S, A, DTYPE) + product(v, ak, DTYPE), X, DTYPE)  # (3)
+        y = product(S, R, DTYPE) + product(U, br, DTYPE) + product(v, kr, DTYPE)  # (4)
+        tl.store(S_ptr + (program * n_chunks + chunk) * N * N + square, S)
+        tl.store(X_ptr + (program * n_chunks + chunk) * C * C + i * C + t, X)
+        tl.store(U_ptr + place, U, mask=exists)
+        tl.store(y_ptr + place, y, mask=exists)
+        S = S + product(U, B.T, DTYPE) + product(v, K.T, DTYPE)  # (5)
+        S = S * tl.exp(tl.sum(log_w, axis=1))[None, :]
+    tl.store(end_ptr + program * N * N + square, S)
+
+
+@jit
+def wkv_backward_kernel(r_ptr, log_w_ptr, k_ptr, v_ptr, a_ptr, b_ptr, S_ptr, U_ptr, X_ptr,
+                        dy_ptr, dend_ptr,  # inputs up to here
+                        dr_ptr, dlog_w_ptr, dk_ptr, dv_ptr, da_ptr, db_ptr, dstate_ptr,  # outputs
+                        T, H, N: constexpr, C: constexpr, DTYPE: constexpr):
+    program = tl.program_id(0).to(tl.int64)
+    n_chunks = tl.cdiv(T, C)
+    i, t = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+    square = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
+    dS = tl.load(dend_ptr + program * N * N + square)
+    for chunk in range(n_chunks - 1, -1, -1):
+        place, exists = places_of(program, chunk, T, H, N, C)
+        log_w = load(log_w_ptr, place, exists)
+        r, k, v = load(r_ptr, place, exists), load(k_ptr, place, exists), load(v_ptr, place, exists)
+        a, b = load(a_ptr, place, exists), load(b_ptr, place, exists)
+        U, dy = load(U_ptr, place, exists), load(dy_ptr, place, exists)
+        S = tl.load(S_ptr + (program * n_chunks + chunk) * N * N + square).to(tl.float32)
+        X = tl.load(X_ptr + (program * n_chunks + chunk) * C * C + i * C + t).to(tl.float32)
+        g = tl.cumsum(log_w, axis=1)
+        R, K, A, B = decayed(r, log_w, k, a, b, g)
+        ak = tl.where(i < t, product(K.T, A, DTYPE), 0.0)  # (1)
+        br = tl.where(i <= t, product(B.T, R, DTYPE), 0.0)
+        kr = tl.where(i <= t, product(K.T, R, DTYPE), 0.0)
+        G = dS * tl.exp(tl.sum(log_w, axis=1))[None, :]  # (6)
+        D = product(product(dy, br.T, DTYPE) + product(G, B, DTYPE), X.T, DTYPE)  # (7)
+        dv = product(dy, kr.T, DTYPE) + product(G, K, DTYPE) + product(D, ak.T, DTYPE)  # (8)
+        tl.store(dv_ptr + place, dv, mask=exists)
+        dab = tl.where(i < t, product(U.T, D, DTYPE), 0.0)  # (9)
+        dak = tl.where(i < t, product(v.T, D, DTYPE), 0.0)
+        dbr = tl.where(i <= t, product(U.T, dy, DTYPE), 0.0)
+        dkr = tl.where(i <= t, product(v.T, dy, DTYPE), 0.0)
+        dA = product(S.T, D, DTYPE) + product(B, dab, DTYPE) + product(K, dak, DTYPE)  # (10)
+        dR = product(S.T, dy, DTYPE) + product(B, dbr, DTYPE) + product(K, dkr, DTYPE)
+        GU = product(G.T, U, DTYPE)
+        GV = product(G.T, v, DTYPE)
+        dB = GU + product(A, dab.T, DTYPE) + product(R, dbr.T, DTYPE)  # (11)
+        dK = GV + product(A, dak.T, DTYPE) + product(R, dkr.T, DTYPE)
+        dS = G + product(D, A.T, DTYPE) + product(dy, R.T, DTYPE)  # (12)
+        da = dA * tl.exp(g - log_w)  # (13)
+        dr = dR * tl.exp(g)
+        db = dB * tl.exp(-g)
+        dk = dK * tl.exp(-g)
+        tl.store(da_ptr + place, da, mask=exists)
+        tl.store(dr_ptr + place, dr, mask=exists)
+        tl.store(db_ptr + place, db, mask=exists)
+        tl.store(dk_ptr + place, dk, mask=exists)
+        q = dr * r + da * a - db * b - dk * k  # (14)
+        whole = tl.sum(G * S, axis=0) + tl.sum(GU * B + GV * K + q, axis=1)
+        dlog_w = whole[:, None] - tl.cumsum(q, axis=1) + q - da * a
+        tl.store(dlog_w_ptr + place, dlog_w, mask=exists)
+    tl.store(dstate_ptr + program * N * N + square, dS)
+
+
+def launch(kernel, tensors, shape, dtype):
+    """Run a kernel for vectors of the given shape (B, T, H, N) and type."""
+    B, T, H, N = shape
+    # float16 could not hold e^-g, and Triton's interpreter cannot multiply bfloat16
+    DTYPE = tl.float32 if INTERPRETED or dtype == torch.float32 else tl.bfloat16
+    # with 168 registers a thread, three programs share a multiprocessor: an A100 runs 324 at once
+    kernel[(B * H,)](*tensors, T, H, N=N, C=CHUNK, DTYPE=DTYPE,
+                     num_warps=4, num_stages=1, maxnreg=168)
+
+
+def forward_outputs(r, log_w, k, v, a, b, state):
+    """Return room for y, the last state, and what the backward pass needs of each chunk: S, U, X."""
+    B, T, H, N = r.shape
+    n_chunks = (T + CHUNK - 1) // CHUNK
+    return [torch.empty_like(r), torch.empty_like(state), r.new_empty(B, H, n_chunks, N, N),
+            torch.empty_like(r), r.new_empty(B, H, n_chunks, CHUNK, CHUNK)]
+
+
+def backward_outputs(r, log_w, k, v, a, b, S, U, X, dy, dend):
+    """Return room for the gradients of r, log_w, k, v, a, b and state."""
+    return [torch.empty_like(x) for x in (r, log_w, k, v, a, b, dend)]
+
+
+# torch.compile does not look into these two operators: it needs to know their outputs' shapes only
+@torch.library.custom_op("nanotitan::wkv_forward", mutates_args=())
+def wkv_forward(r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor,
+                state: Tensor) -> list[Tensor]:
+    inputs = [x.contiguous() for x in (r, log_w, k, v, a, b, state)]
+    outputs = forward_outputs(*inputs)
+    launch(wkv_forward_kernel, inputs + outputs, r.shape, r.dtype)
+    return outputs
+
+
+@torch.library.custom_op("nanotitan::wkv_backward", mutates_args=())
+def wkv_backward(r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, S: Tensor,
+                 U: Tensor, X: Tensor, dy: Tensor, dend: Tensor) -> list[Tensor]:
+    inputs = [x.contiguous() for x in (r, log_w, k, v, a, b, S, U, X, dy, dend)]
+    outputs = backward_outputs(*inputs)
+    launch(wkv_backward_kernel, inputs + outputs, r.shape, r.dtype)
+    return outputs
+
+
+wkv_forward.register_fake(lambda *x: forward_outputs(*(z.contiguous() for z in x)))
+wkv_backward.register_fake(lambda *x: backward_outputs(*(z.contiguous() for z in x)))
+
+
+class FusedWKV(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        y, end, *kept = wkv_forward(*inputs)
+        *vectors, _ = inputs
+        ctx.save_for_backward(*vectors, *kept)
+        return y, end
+
+    @staticmethod
+    def backward(ctx, dy, dend):
+        return tuple(wkv_backward(*ctx.saved_tensors, dy, dend))
+
+
+def wkv_fused(r, log_w, k, v, a, b, state):
+    """Return what wkv_step gives for T tokens, by one Triton kernel. r, k, v, a, b: (B, T, H, N) of
+    one type, log_w: float32 (B, T, H, N), state: float32 (B, H, N, N), N = 16, 32 or 64. Return y of
+    r's type (B, T, H, N) and the state after the last token.
+
+    One program per sequence and head walks through chunks of 16 tokens, with the state S in
+    registers: its rows belong to values. In the formulas each column of r, k, v, a, b and y is a
+    token of one chunk, ' is the transpose, [i < t] keeps what is above the diagonal, g is the sum of
+    log w from the chunk's start up to the token, and E the decay of the whole chunk, for each key:
+             R = r e^g   K = k e^-g   A = a e^(g - log w)   B = b e^-g
+        (1)  ab, ak = [i < t] B'A, K'A   br, kr = [i <= t] B'R, K'R
+        (2)  X = (I - ab)^-1
+        (3)  U = (S A + v ak) X, whose column t is S_{t-1} a_t
+        (4)  y = S R + U br + v kr
+        (5)  the next S = (S + U B' + v K') E
+    As log_w > -0.6066, exponents stay below 9.8 in a chunk. A second kernel walks back with dS, the
+    gradient of the state behind the chunk; S, U and X were kept.
+        (6)  G = dS E
+        (7)  D = (dy br' + G B) X', the gradient of S A + v ak
+        (8)  dv = dy kr' + G K + D ak'
+        (9)  dab, dak = [i < t] U'D, v'D   dbr, dkr = [i <= t] U'dy, v'dy
+        (10) dA = S'D + B dab + K dak   dR = S'dy + B dbr + K dkr
+        (11) dB = G'U + A dab' + R dbr'   dK = G'v + A dak' + R dkr'
+        (12) the dS before the chunk = G + D A' + dy R'
+        (13) dr, dk, da and db are dR, dK, dA and dB times the same decay as above
+        (14) dlog w: A, R and -B, -K pass on x dx to g, which passes it on to its token and to all
+             before it; the next S passes on its product with dS to all tokens."""
+    return FusedWKV.apply(r, log_w, k, v, a, b, state)
+
+
+@torch.compiler.assume_constant_result
+def has_kernel(device, dtype, N):
+    """Return whether wkv_fused is to be used: in 16-bit runs on NVIDIA's GPUs from Ampere on, and
+    everywhere in Triton's interpreter, which TRITON_INTERPRET=1 in the environment chooses."""
+    if triton is None or N not in (16, 32, 64):
+        return False
+    if INTERPRETED:
+        return True
+    is_nvidia = device.type == "cuda" and torch.version.cuda is not None
+    return (is_nvidia and torch.cuda.get_device_capability(device) >= (8, 0)
+            and dtype in (torch.bfloat16, torch.float16))
+
+
+def wkv_by_device(r, log_w, k, v, a, b, state, dtype, chunk):
+    """Return y (B, T, H, N) and the state after T tokens, by the kernel or by wkv. r, log_w, k, v,
+    a, b: float32 (B, T, H, N). dtype: what the kernel reads and writes, except for log_w."""
+    if has_kernel(r.device, dtype, r.size(-1)):
+        r, k, v, a, b = (x.to(dtype) for x in (r, k, v, a, b))
+        return wkv_fused(r, log_w, k, v, a, b, state)
+    y, state = wkv(*(x.transpose(1, 2) for x in (r, log_w, k, v, a, b)), state, chunk)
+    return y.transpose(1, 2), state
+
+
 class TimeMix(nn.Module):
     """Attention's replacement. Names and initialisation of the parameters are the official code's:
         x_r, x_w, x_k, x_v, x_a, x_g   share of the token before in the input of r, w, k, v, a, g
@@ -266,24 +511,23 @@ class TimeMix(nn.Module):
         g = torch.sigmoid(xg @ self.g1) @ self.g2
 
         def heads(x):
-            """Split x into heads: float32 (B, H, T, N)."""
-            return x.float().unflatten(-1, (-1, self.cfg.head_dim)).transpose(1, 2)
+            """Split x into heads: float32 (B, T, H, N)."""
+            return x.float().unflatten(-1, (-1, self.cfg.head_dim))
 
         removal_key = F.normalize(heads(k * self.k_k), dim=-1)
         r, k, v_heads = heads(r), heads(k * (1 + (rate - 1) * self.k_a)), heads(v)
         with torch.autocast(x.device.type, enabled=False):
             vectors = r, heads(log_w), k, v_heads, -removal_key, removal_key * heads(rate)
             if T == 1:
-                y, state = wkv_step(*(z.squeeze(2) for z in vectors), state)
-                y = y.unsqueeze(2)
+                y, state = wkv_step(*(z.squeeze(1) for z in vectors), state)
             elif self.cfg.recompute and self.training:
-                chunk = self.cfg.chunk_size
-                y, state = checkpoint(wkv, *vectors, state, chunk, use_reentrant=False)
+                y, state = checkpoint(wkv_by_device, *vectors, state, g.dtype,
+                                      self.cfg.chunk_size, use_reentrant=False)
             else:
-                y, state = wkv(*vectors, state, self.cfg.chunk_size)
-        y = self.ln_x(y.transpose(1, 2).reshape(B * T, C)).view(B, T, C)
-        bonus = (r * k * self.r_k.unsqueeze(1)).sum(-1, keepdim=True) * v_heads
-        y = y + bonus.transpose(1, 2).reshape(B, T, C)
+                y, state = wkv_by_device(*vectors, state, g.dtype, self.cfg.chunk_size)
+        y = self.ln_x(y.reshape(B * T, C)).view(B, T, C)
+        bonus = (r * k * self.r_k).sum(-1, keepdim=True) * v_heads
+        y = y + bonus.reshape(B, T, C)
         return self.output(y.type_as(g) * g), v_first, x[:, -1], state
 
 
