@@ -36,7 +36,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint
 
@@ -210,6 +209,9 @@ def wkv(r, log_w, k, v, a, b, state, chunk):
 
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret
 CHUNK = 16  # tokens per chunk of the kernels
+# With at most 168 registers per thread, three programs share a multiprocessor: those of the default
+# batch run all at once. This was chosen from the compiler's reports, not by timing.
+LAUNCH = dict(num_warps=4, num_stages=1, maxnreg=168)
 
 
 @jit
@@ -306,10 +308,9 @@ def wkv_backward_kernel(r_ptr, log_w_ptr, k_ptr, v_ptr, a_ptr, b_ptr, S_ptr, U_p
         dkr = tl.where(i <= t, product(v.T, dy, DTYPE), 0.0)
         dA = product(S.T, D, DTYPE) + product(B, dab, DTYPE) + product(K, dak, DTYPE)  # (10)
         dR = product(S.T, dy, DTYPE) + product(B, dbr, DTYPE) + product(K, dkr, DTYPE)
-        GU = product(G.T, U, DTYPE)
-        GV = product(G.T, v, DTYPE)
+        GU, Gv = product(G.T, U, DTYPE), product(G.T, v, DTYPE)
         dB = GU + product(A, dab.T, DTYPE) + product(R, dbr.T, DTYPE)  # (11)
-        dK = GV + product(A, dak.T, DTYPE) + product(R, dkr.T, DTYPE)
+        dK = Gv + product(A, dak.T, DTYPE) + product(R, dkr.T, DTYPE)
         dS = G + product(D, A.T, DTYPE) + product(dy, R.T, DTYPE)  # (12)
         da = dA * tl.exp(g - log_w)  # (13)
         dr = dR * tl.exp(g)
@@ -319,99 +320,96 @@ def wkv_backward_kernel(r_ptr, log_w_ptr, k_ptr, v_ptr, a_ptr, b_ptr, S_ptr, U_p
         tl.store(dr_ptr + place, dr, mask=exists)
         tl.store(db_ptr + place, db, mask=exists)
         tl.store(dk_ptr + place, dk, mask=exists)
-        q = dr * r + da * a - db * b - dk * k  # (14)
-        whole = tl.sum(G * S, axis=0) + tl.sum(GU * B + GV * K + q, axis=1)
+        q = dr * r - dk * k + da * a - db * b  # (14)
+        whole = tl.sum(G * S, axis=0) + tl.sum(GU * B + Gv * K + q, axis=1)
         dlog_w = whole[:, None] - tl.cumsum(q, axis=1) + q - da * a
         tl.store(dlog_w_ptr + place, dlog_w, mask=exists)
     tl.store(dstate_ptr + program * N * N + square, dS)
 
 
-def launch(kernel, tensors, shape, dtype):
-    """Run a kernel for vectors of the given shape (B, T, H, N) and type."""
-    B, T, H, N = shape
+def launch(kernel, inputs, outputs):
+    """Run a kernel. inputs and outputs: contiguous tensors, the first one of (B, T, H, N)."""
+    B, T, H, N = inputs[0].shape
     # float16 could not hold e^-g, and Triton's interpreter cannot multiply bfloat16
-    DTYPE = tl.float32 if INTERPRETED or dtype == torch.float32 else tl.bfloat16
-    # with 168 registers a thread, three programs share a multiprocessor: an A100 runs 324 at once
-    kernel[(B * H,)](*tensors, T, H, N=N, C=CHUNK, DTYPE=DTYPE,
-                     num_warps=4, num_stages=1, maxnreg=168)
+    is_float32 = INTERPRETED or inputs[0].dtype == torch.float32
+    DTYPE = tl.float32 if is_float32 else tl.bfloat16
+    kernel[(B * H,)](*inputs, *outputs, T, H, N, CHUNK, DTYPE, **LAUNCH)
 
 
-def forward_outputs(r, log_w, k, v, a, b, state):
-    """Return room for y, the last state, and what the backward pass needs of each chunk: S, U, X."""
+def forward_outputs(inputs):
+    """Return room for y, the last state, and S, U and X of each chunk for the backward pass."""
+    r, *_, state = inputs
     B, T, H, N = r.shape
     n_chunks = (T + CHUNK - 1) // CHUNK
     return [torch.empty_like(r), torch.empty_like(state), r.new_empty(B, H, n_chunks, N, N),
             torch.empty_like(r), r.new_empty(B, H, n_chunks, CHUNK, CHUNK)]
 
 
-def backward_outputs(r, log_w, k, v, a, b, S, U, X, dy, dend):
+def backward_outputs(inputs):
     """Return room for the gradients of r, log_w, k, v, a, b and state."""
-    return [torch.empty_like(x) for x in (r, log_w, k, v, a, b, dend)]
+    *vectors, S, U, X, dy, dend = inputs
+    return [torch.empty_like(x) for x in (*vectors, dend)]
 
 
-# torch.compile does not look into these two operators: it needs to know their outputs' shapes only
+# as operators, of which torch.compile only needs to know the shapes of what they return
 @torch.library.custom_op("nanotitan::wkv_forward", mutates_args=())
-def wkv_forward(r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor,
-                state: Tensor) -> list[Tensor]:
-    inputs = [x.contiguous() for x in (r, log_w, k, v, a, b, state)]
-    outputs = forward_outputs(*inputs)
-    launch(wkv_forward_kernel, inputs + outputs, r.shape, r.dtype)
+def wkv_forward(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    outputs = forward_outputs(inputs)
+    launch(wkv_forward_kernel, inputs, outputs)
     return outputs
 
 
 @torch.library.custom_op("nanotitan::wkv_backward", mutates_args=())
-def wkv_backward(r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, S: Tensor,
-                 U: Tensor, X: Tensor, dy: Tensor, dend: Tensor) -> list[Tensor]:
-    inputs = [x.contiguous() for x in (r, log_w, k, v, a, b, S, U, X, dy, dend)]
-    outputs = backward_outputs(*inputs)
-    launch(wkv_backward_kernel, inputs + outputs, r.shape, r.dtype)
+def wkv_backward(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    outputs = backward_outputs(inputs)
+    launch(wkv_backward_kernel, inputs, outputs)
     return outputs
 
 
-wkv_forward.register_fake(lambda *x: forward_outputs(*(z.contiguous() for z in x)))
-wkv_backward.register_fake(lambda *x: backward_outputs(*(z.contiguous() for z in x)))
+wkv_forward.register_fake(forward_outputs)
+wkv_backward.register_fake(backward_outputs)
 
 
 class FusedWKV(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
-        y, end, *kept = wkv_forward(*inputs)
-        *vectors, _ = inputs
-        ctx.save_for_backward(*vectors, *kept)
+        inputs = [x.contiguous() for x in inputs]
+        y, end, *kept = wkv_forward(inputs)
+        ctx.save_for_backward(*inputs[:-1], *kept)
         return y, end
 
     @staticmethod
     def backward(ctx, dy, dend):
-        return tuple(wkv_backward(*ctx.saved_tensors, dy, dend))
+        return tuple(wkv_backward([*ctx.saved_tensors, dy.contiguous(), dend.contiguous()]))
 
 
 def wkv_fused(r, log_w, k, v, a, b, state):
-    """Return what wkv_step gives for T tokens, by one Triton kernel. r, k, v, a, b: (B, T, H, N) of
-    one type, log_w: float32 (B, T, H, N), state: float32 (B, H, N, N), N = 16, 32 or 64. Return y of
-    r's type (B, T, H, N) and the state after the last token.
+    """Return what wkv_step gives for T tokens, by one kernel. r, k, v, a, b: (B, T, H, N) of one
+    type. log_w: float32 (B, T, H, N). state: float32 (B, H, N, N). N: 16, 32 or 64. Return y, of
+    r's type (B, T, H, N), and the state after the last token.
 
-    One program per sequence and head walks through chunks of 16 tokens, with the state S in
-    registers: its rows belong to values. In the formulas each column of r, k, v, a, b and y is a
-    token of one chunk, ' is the transpose, [i < t] keeps what is above the diagonal, g is the sum of
-    log w from the chunk's start up to the token, and E the decay of the whole chunk, for each key:
-             R = r e^g   K = k e^-g   A = a e^(g - log w)   B = b e^-g
-        (1)  ab, ak = [i < t] B'A, K'A   br, kr = [i <= t] B'R, K'R
-        (2)  X = (I - ab)^-1
-        (3)  U = (S A + v ak) X, whose column t is S_{t-1} a_t
-        (4)  y = S R + U br + v kr
-        (5)  the next S = (S + U B' + v K') E
-    As log_w > -0.6066, exponents stay below 9.8 in a chunk. A second kernel walks back with dS, the
-    gradient of the state behind the chunk; S, U and X were kept.
-        (6)  G = dS E
-        (7)  D = (dy br' + G B) X', the gradient of S A + v ak
-        (8)  dv = dy kr' + G K + D ak'
-        (9)  dab, dak = [i < t] U'D, v'D   dbr, dkr = [i <= t] U'dy, v'dy
-        (10) dA = S'D + B dab + K dak   dR = S'dy + B dbr + K dkr
-        (11) dB = G'U + A dab' + R dbr'   dK = G'v + A dak' + R dkr'
-        (12) the dS before the chunk = G + D A' + dy R'
-        (13) dr, dk, da and db are dR, dK, dA and dB times the same decay as above
-        (14) dlog w: A, R and -B, -K pass on x dx to g, which passes it on to its token and to all
-             before it; the next S passes on its product with dS to all tokens."""
+    A program for each sequence and head walks through chunks of 16 tokens, with the state S in
+    registers. In the formulas a column of r, k, v, a, b or y is a token of one chunk, a prime is
+    the transpose, [i < t] keeps what is above the diagonal, g is the sum of log w from the start of
+    the chunk up to each token, and E is the decay of the whole chunk, a number for each key.
+        R = r e^g,  K = k e^-g,  A = a e^(g - log w),  B = b e^-g
+        (1) ab, ak = [i < t] B'A, K'A,  br, kr = [i <= t] B'R, K'R
+        (2) X = (I - ab)^-1
+        (3) U = (S A + v ak) X, where column t is S_{t-1} a_t
+        (4) y = S R + U br + v kr
+        (5) the next S = (S + U B' + v K') E
+    As log_w > -0.6066, exponents stay below 9.8. For the backward pass S, U and X are kept. Another
+    kernel walks back through the chunks, with dS, the gradient of the state after the chunk:
+        (6) G = dS E
+        (7) D = (dy br' + G B) X', the gradient of S A + v ak
+        (8) dv = dy kr' + G K + D ak'
+        (9) dab, dak = [i < t] U'D, v'D,  dbr, dkr = [i <= t] U'dy, v'dy
+        (10) dA = S'D + B dab + K dak,  dR = S'dy + B dbr + K dkr
+        (11) dB = G'U + A dab' + R dbr',  dK = G'v + A dak' + R dkr'
+        (12) dS before the chunk = G + D A' + dy R'
+        (13) dr, dk, da and db are dR, dK, dA and dB, each times the exponential in R, K, A or B
+        (14) the gradient of g is q = dr r - dk k + da a - db b. A token's log w is in g from this
+             token on, in E, and, with the other sign, in A."""
     return FusedWKV.apply(r, log_w, k, v, a, b, state)
 
 
