@@ -160,6 +160,18 @@ def test_cuda_hellaswag(gpt2_bpe, hellaswag_items):
         assert (ours.argmin(1) != reference.argmin(1)).float().mean() < 0.05
 
 
+@pytest.mark.parametrize("mode", WKV_MODES)
+@pytest.mark.parametrize("dtype, limit", [(torch.float32, 2e-2), (torch.bfloat16, 1.5e-2)])
+def test_cuda_rwkv_kernels(mode, dtype, limit):
+    """RWKV-7's kernels are as close to float64 as TF32 and bf16 allow, and give the same twice: nothing races. They
+    train in bf16; float32 shows their mistakes more clearly."""
+    from test_rwkv_kernel import kernel_error, train_rwkv
+    for T in 1, 63, 200:
+        first, second = (kernel_error(train_rwkv, mode, T, device="cuda", dtype=dtype) for _ in range(2))
+        assert first == second
+        assert first < (6e-2 if "repeated" in mode and dtype == torch.bfloat16 else limit)
+
+
 @pytest.mark.parametrize("arch, dtype", [*((arch, "bfloat16") for arch in ARCHS), ("gpt2", "float16")])
 def test_cuda_run(arch, dtype, monkeypatch, capsys):
     """A compiled run trains, and one that lost its last checkpoint resumes with the same numbers, but for the order of

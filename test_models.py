@@ -699,8 +699,8 @@ MISTAKES = [
         "r * heads(self.key(xk)) * self")),
     Mistake("bonus in front of the norm", "rwkv", edit(
         "TimeMix.forward",
-        "self.ln_x(y.transpose",
-        "self.ln_x((y + (r * k * self.r_k.unsqueeze(1)).sum(-1, keepdim=True) * v_heads).transpose")),
+        "self.ln_x(y.reshape",
+        "self.ln_x((y + (r * k * self.r_k).sum(-1, keepdim=True) * v_heads).reshape")),
     Mistake("state read before it is written", "rwkv", replace_function("wkv", read_before_writing)),
     Mistake("relu not squared", "rwkv", edit("ChannelMix.forward", "k * k", "k")),
     Mistake("no rate", "rwkv", edit(
