@@ -43,7 +43,8 @@ def kernel_error(script, mode, T, N=64, device="cpu", dtype=torch.float32):
 
 
 MISTAKES = [  # a part of the source, and a wrong one
-    ("U = product(product(S, A, DTYPE) + product(v, ak, DTYPE), X, DTYPE)", "U = product(product(S, A, DTYPE), X, DTYPE)"),
+    ("U = product(product(S, A, DTYPE) + product(v, ak, DTYPE), X, DTYPE)",
+     "U = product(product(S, A, DTYPE), X, DTYPE)"),
     ("tl.static_range(1, 4)", "tl.static_range(1, 3)"),
     ("product(S, R, DTYPE) + product(U, br, DTYPE)", "product(S, R, DTYPE)"),
     ("S = S * tl.exp(tl.sum(log_w, axis=1))[None, :]", "S = S * 1.0"),
