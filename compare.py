@@ -225,7 +225,7 @@ def read_scores(path):
         is_whole = losses.shape == tokens.shape == n_bytes.shape == (len(labels), 4)
         # without items there is no minimum, which is an error, too
         counts_from_1 = min(tokens.min(), n_bytes.min(), labels.min() + 1) >= 1
-        if not is_whole or not counts_from_1:
+        if not is_whole or not counts_from_1 or losses.dtype.kind != "f":
             raise ValueError
         return item_scores(losses, tokens, n_bytes, labels) | {"bytes": n_bytes}
     except Exception:  # np.load raises many kinds of error

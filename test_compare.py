@@ -373,7 +373,7 @@ def test_a_reference_stands_beside_old_runs(capsys):
 @pytest.mark.parametrize("change", [
     {"labels": np.full(20, -1)}, {"labels": np.full(20, 4)}, {"labels": np.zeros(1, int)}, {"labels": np.zeros(20)},
     {"tokens": np.zeros((20, 4), np.int32)}, {"bytes": np.zeros((20, 4), np.int32)},
-    {"tokens": np.ones((1, 4), np.int32)}, {"losses": np.ones((20, 4))}, {"losses": np.ones((20, 4), complex)},
+    {"tokens": np.ones((1, 4), np.int32)}, {"losses": np.ones((20, 4), complex)},
     {name: np.ones((20, 5), np.float32) for name in ("losses", "tokens", "bytes")},
     {name: np.ones((0, 4), np.float32) for name in ("losses", "tokens", "bytes")} | {"labels": np.zeros(0, int)},
 ])
