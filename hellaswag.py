@@ -402,10 +402,16 @@ def main():
     add("--compile", action="store_true", help="compile the model with torch.compile")
     add("--save", metavar="FILE.npz", help="keep the losses for compare.py (style completion)")
     args = parser.parse_args()
-    if args.save and (args.style != "completion" or not args.save.endswith(".npz")):
+    if args.save is not None and (args.style != "completion" or not args.save.endswith(".npz")):
         parser.error("--save needs --style=completion, and a name that ends in .npz")
     if min(args.hella_limit, args.batch_size) < 1:
         parser.error("--hella_limit and --batch_size are at least 1")
+    if args.save:  # scoring may take hours: say first what would be said after it
+        folder = os.path.dirname(args.save) or "."
+        with explain(f"--save={args.save}", OSError):
+            os.makedirs(folder, exist_ok=True)
+        if os.path.isdir(args.save) or not os.access(folder, os.W_OK):
+            fail(f"--save={args.save} cannot be written: choose another place")
     is_checkpoint = args.model.endswith(".pt") or os.path.isfile(args.model)
     load = load_checkpoint_model if is_checkpoint else load_hf_model
     model, tokenizer, block_size = load(args.model)
