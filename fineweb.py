@@ -83,11 +83,13 @@ def explain(message, *errors):
 
 @contextmanager
 def one_line_errors():
-    """Turn I/O and out-of-memory errors into one line. Use it as a decorator."""
+    """Turn I/O and out-of-memory errors, and Ctrl-C, into one line. Use it as a decorator."""
     try:
         yield
     except OSError as e:
         fail(e)
+    except KeyboardInterrupt:
+        fail("interrupted")
     except RuntimeError as e:  # PyTorch's words: the first for a GPU, the second for the CPU
         if "out of memory" not in str(e) and "can't allocate memory" not in str(e):
             raise

@@ -963,8 +963,11 @@ def test_hellaswag_from_the_shell(monkeypatch, capsys, gpt2_bpe, hellaswag_items
     np.testing.assert_allclose(external["losses"], saved["losses"], rtol=1e-4)
     compared = shell("compare.py", "log/gpt2-tiny", "exported.npz")
     assert re.search(r"^\| exported \| +- .*HellaSwag only", compared.stdout, re.M), compared.stderr
-    for options in ["--save=x"], ["--save=h.jsonl/x.npz"], ["--save=x.npz", "--style=lm-eval"]:
-        monkeypatch.setattr(sys, "argv", ["hellaswag.py", checkpoint, "--hellaswag_file=h.jsonl", *options])
+    # what cannot be written is said before the model is loaded
+    os.mkdir("folder.npz")
+    for options in ["x"], [""], ["h.jsonl/x.npz"], ["folder.npz"], ["x.npz", "--style=lm-eval"]:
+        options[0] = f"--save={options[0]}"
+        monkeypatch.setattr(sys, "argv", ["hellaswag.py", "no_model", "--hellaswag_file=h.jsonl", *options])
         bad(capsys, hellaswag.main, "--save")
     # the style of lm-eval needs the fields of the original file
     with open("h.jsonl") as f:
@@ -1733,3 +1736,11 @@ def test_out_of_memory_says_what_to_do(error, monkeypatch, capsys):
 
     monkeypatch.setattr(SCRIPTS["gpt2"].Model, "forward", forward)
     bad(capsys, lambda: train("gpt2", monkeypatch, *QUICK), "--batch_size", "the result is the same")
+
+
+def test_ctrl_c_before_the_loop_is_one_line(monkeypatch, capsys):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SCRIPTS["gpt2"].Model, "configure_optimizers", interrupt)
+    bad(capsys, lambda: train("gpt2", monkeypatch, *QUICK), "interrupted")
