@@ -669,7 +669,7 @@ def difference_table(groups, stream):
                 row[title] = f"{scale * d.mean:+.{digits}f} [{low}, {high}]"
             if name == "acc":
                 row["p"] = f"{d.p:.2g}" if d else "-"
-            if d and not group.reasons:
+            if d and d.error and not group.reasons:
                 # 80% power: 20% exceed the t whose two-sided p-value is 0.4
                 t = quantile(0.05, d.freedom) + quantile(0.4, d.freedom)
                 smallest[name].append(t * d.error)
