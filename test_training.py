@@ -564,7 +564,7 @@ def test_a_signal_ends_an_evaluation(what, processes, hellaswag_path, monkeypatc
     shards("data", n_val=4_000_000)
     long = ["--val_tokens=4000000"]
     if what == "hella":
-        long = [f"--hellaswag_file={hellaswag_path}", "--hella_limit=10042"]
+        long = [f"--hellaswag_file={hellaswag_path}", "--hella_limit=10042", "--batch_size=1"]
     options = [*QUICK, "--data_dir=data", "--eval_interval=3"]
     command = [sys.executable, os.path.join(ROOT, "train_gpt2.py")]
     if processes == 2:
