@@ -330,7 +330,7 @@ def wkv_backward_kernel(r_ptr, log_w_ptr, k_ptr, v_ptr, a_ptr, b_ptr, S_ptr, U_p
 def launch(kernel, inputs, outputs):
     """Run a kernel. inputs and outputs: contiguous tensors, the first one of (B, T, H, N)."""
     B, T, H, N = inputs[0].shape
-    # float16 could not hold e^-g, and Triton's interpreter cannot multiply bfloat16
+    # Triton's interpreter cannot multiply bfloat16
     is_float32 = INTERPRETED or inputs[0].dtype == torch.float32
     DTYPE = tl.float32 if is_float32 else tl.bfloat16
     kernel[(B * H,)](*inputs, *outputs, T, H, N, CHUNK, DTYPE, **LAUNCH)
@@ -384,9 +384,9 @@ class FusedWKV(torch.autograd.Function):
 
 
 def wkv_fused(r, log_w, k, v, a, b, state):
-    """Return what wkv_step gives for T tokens, by one kernel. r, k, v, a, b: (B, T, H, N) of one
-    type. log_w: float32 (B, T, H, N). state: float32 (B, H, N, N). N: 16, 32 or 64. Return y, of
-    r's type (B, T, H, N), and the state after the last token.
+    """Return what wkv_step gives for T tokens, by one kernel. r, k, v, a, b: bfloat16 or float32
+    (B, T, H, N). log_w: float32 (B, T, H, N). state: float32 (B, H, N, N). N: 16, 32 or 64. Return
+    y (B, T, H, N) of r's type and the state after the last token.
 
     A program for each sequence and head walks through chunks of 16 tokens, with the state S in
     registers. In the formulas a column of r, k, v, a, b or y is a token of one chunk, a prime is
@@ -428,9 +428,11 @@ def has_kernel(device, dtype, N):
 
 def wkv_by_device(r, log_w, k, v, a, b, state, dtype, chunk):
     """Return y (B, T, H, N) and the state after T tokens, by the kernel or by wkv. r, log_w, k, v,
-    a, b: float32 (B, T, H, N). dtype: what the kernel reads and writes, except for log_w."""
+    a, b: float32 (B, T, H, N). dtype: the type of the run. In a 16-bit run the kernel reads and
+    writes bfloat16, except for log_w: k e^-g would overflow float16."""
     if has_kernel(r.device, dtype, r.size(-1)):
-        r, k, v, a, b = (x.to(dtype) for x in (r, k, v, a, b))
+        kernel_dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16
+        r, k, v, a, b = (x.to(kernel_dtype) for x in (r, k, v, a, b))
         return wkv_fused(r, log_w, k, v, a, b, state)
     y, state = wkv(*(x.transpose(1, 2) for x in (r, log_w, k, v, a, b)), state, chunk)
     return y.transpose(1, 2), state
