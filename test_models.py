@@ -2,7 +2,7 @@
 These tests check on a CPU what NanoTitan claims about its code. One line installs what they need and runs them all:
 
     pip install -r requirements.txt pytest pytest-xdist transformers rwkv "lm_eval[hf]" matplotlib \
-      x-transformers && pytest -q -n 2 --dist worksteal
+      x-transformers triton && pytest -q -n 2 --dist worksteal
 
 This file checks what all training scripts have in common, and the architectures. test_training.py checks data, runs and
 HellaSwag, test_fineweb.py checks fineweb.py, and test_compare.py checks compare.py; conftest.py holds what they share.

@@ -177,6 +177,12 @@ else:
         assert result.returncode == 0, result.stdout
         assert re.search(r"^\d+ passed", result.stdout, re.M), result.stdout
 
+    def test_the_script_runs_without_triton():
+        code = ("import sys; sys.modules['triton'] = None; import torch, train_rwkv; assert train_rwkv.triton is None; "
+                "model = train_rwkv.Model(train_rwkv.Config(n_layer=1, n_embd=64, vocab_size=64)); "
+                "idx = torch.zeros(1, 20, dtype=torch.long); model(idx, idx)[1].backward()")
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
     def resources(name, capability, launch):
         """Compile a kernel ahead of time; return registers and bytes of stack a thread, and shared memory in bytes."""
         from triton.backends.compiler import GPUTarget
