@@ -20,6 +20,7 @@ import math
 import os
 import re
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 
@@ -89,10 +90,10 @@ class RunConfig:
         "head_lr", "matrix_lr", "vector_lr"}
     # least <= value < bound; options not listed: whole numbers from 1, other numbers from 0
     limits = {"beta1": (0, 1), "beta2": (0, 1), "seed": (0, 2**63), "n_embd": (1, 2**20),
-              "n_head": (1, 2**20)} | dict.fromkeys(
-        ("max_steps", "warmup_steps", "eval_interval", "val_bytes", "val_full_tokens",
-         "hella_limit", "checkpoint_interval", "keep_checkpoints", "sample_interval", "bench"),
-        (0, 2**40))
+              "n_head": (1, 2**20), "rope_theta": (1, 1e30), "rope_theta_local": (1, 1e30)}
+    limits |= dict.fromkeys((
+        "max_steps", "warmup_steps", "eval_interval", "val_bytes", "val_full_tokens", "hella_limit",
+        "checkpoint_interval", "keep_checkpoints", "sample_interval", "bench"), (0, 2**40))
 
     @classmethod
     def option_groups(cls):
@@ -182,7 +183,8 @@ def parse_args(Config, tiny):
         defaults |= {**TINY_TRAINING, **tiny}
         torch.set_num_threads(1)  # more threads gain nothing, and lose much on busy cores
     data_dir = given.get("data_dir", defaults["data_dir"])
-    if data_dir != TINY_TRAINING["data_dir"]:  # that is yet to be written
+    trains = mode.sample is None and mode.export is None  # a checkpoint has its own vocabulary
+    if trains and data_dir != TINY_TRAINING["data_dir"]:  # that is yet to be written
         defaults["vocab_size"] = padded_size(vocab_of(data_dir))
     numbers = {name: getattr(mode, name) for name in ("bench", "max_new_tokens", "temperature")}
     for name, value in {**given, **numbers}.items():
@@ -263,6 +265,8 @@ def init_world(device, dtype, seed):
         fail(f"--device={device} cannot be used here: use cuda, mps or cpu, if PyTorch finds it")
     if size > 1:
         gpu = world.device if world.device.type == "cuda" else None
+        # torch 2.13 has another name for this option of DDP, which 2.11 does not know
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         with explain(launch, ValueError, RuntimeError):
             store, _, _ = next(dist.rendezvous("env://"))  # through it the processes find another
             if os.environ.get("LOCAL_WORLD_SIZE") == str(size):

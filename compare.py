@@ -244,19 +244,24 @@ def size(n_bytes):
     return f"{n_bytes / 1e9:.3g} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.3g} MB"
 
 
+def is_of(value, types):
+    """Return whether a value of run.json has one of the types, and, as a number, is finite."""
+    return isinstance(value, types) and (not isinstance(value, float) or math.isfinite(value))
+
+
 def check_types(info):
     """Raise an error that names the key if a value of run.json is missing or has a wrong type."""
     for name, types in RUN_JSON.items():
         parent, _, key = name.rpartition(".")
         values = info[parent] if parent else info
-        if values is not None and not isinstance(values[key], types):
+        if values is not None and not is_of(values[key], types):
             raise TypeError(f"{name} cannot be {values[key]!r}")
     starts = info["starts"]
     if not all(isinstance(start["step"], int) for start in starts):
         raise TypeError("the step of a start is not a number")
     for config in [info["config"], *(start["config"] for start in starts)]:
         for name, value in config.items():
-            if not isinstance(value, RUN_JSON.get(f"config.{name}", NUMBER | str)):
+            if not is_of(value, RUN_JSON.get(f"config.{name}", NUMBER | str)):
                 raise TypeError(f"config.{name} cannot be {value!r}")
 
 

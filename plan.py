@@ -256,6 +256,8 @@ def main():
     args, options = parser.parse_known_args()
     if args.mfu is not None and not 0 < args.mfu <= 1:
         fail(f"--mfu={args.mfu} is a fraction of the peak: more than 0, at most 1")
+    if not 0 <= args.price < math.inf or args.budget < 1:
+        fail(f"--price={args.price} is at least 0, and --budget={args.budget} at least 1")
     if args.arch != "all":
         return show(make_plan(args.arch, options, args), args)
     print(compare.table([row(make_plan(arch, options, args)) for arch in SCRIPTS]))

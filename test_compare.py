@@ -1113,13 +1113,15 @@ def test_compare_says_in_a_line_what_is_wrong(monkeypatch, capsys):
     for content in [], {}, whole | {"arch": 1}, whole | {"params": {}}, whole | {"flops_per_token": "x"}:
         write_json("log/a/run.json", content)
         is_damaged()
-    for content in {"vocab": {}}, {"val_text": {"bytes": 1, "sha256": None}}, {"bytes_per_token": "x"}:
+    for content in ({"vocab": {}}, {"val_text": {"bytes": 1, "sha256": None}}, {"bytes_per_token": "x"},
+                    {"flops_per_token": math.nan}):
         write_json("log/a/run.json", whole | content)
         is_damaged()
     for starts in "x", [1], [{"step": 0}], [{"step": "x", "config": whole["config"]}], [{"step": 0, "config": None}]:
         write_json("log/a/run.json", whole | {"starts": starts})
         is_damaged()
-    for name, value in ("max_steps", None), ("total_batch_size", "x"), ("beta2", []), ("data_dir", 1):
+    for name, value in (("max_steps", None), ("total_batch_size", "x"), ("beta2", []), ("data_dir", 1),
+                        ("beta1", math.inf)):
         write_json("log/a/run.json", whole | {"config": whole["config"] | {name: value}})
         is_damaged()
 

@@ -274,9 +274,10 @@ def test_counts():
     ("--share_order=random", "share_order=random"), ("--n_kv_head=5", "n_kv_head=5"), ("--n_head=5", "n_head=5"),
     ("--head_lr=2", "tie=false"), ("--share_order=cycle", "share_order=cycle"), ("--embd_rank=-1", "embd_rank=-1"),
     ("--window=0", "window=0"), ("--window_pattern=sl", "window_pattern=sl"), ("--rank=-1", "rank=-1"),
-    ("--share=0", "share=0")])
+    ("--share=0", "share=0"), ("--rank=769", "n_embd=768"), ("--embd_rank=769", "n_embd=768"),
+    ("--rope_theta=0", "rope_theta=0"), ("--pos=none --rope_theta=10000", "needs --pos=rope")])
 def test_a_bad_option_is_one_line(option, word, monkeypatch, capsys):
-    bad(capsys, lambda: train("hybrid", monkeypatch, option), word)
+    bad(capsys, lambda: train("hybrid", monkeypatch, *option.split()), word)
 
 
 def test_every_combination_equals_its_class_or_is_refused():

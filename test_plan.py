@@ -154,6 +154,9 @@ def test_all_scripts_in_one_table(capsys, monkeypatch):
     ("llama --max_steps=0", "--max_steps=0"),
     ("llama --mfu=40", "--mfu=40"),
     ("llama --mfu=nan", "--mfu=nan"),
+    ("llama --price=-1", "--price=-1"),
+    ("llama --price=nan", "--price=nan"),
+    ("llama --budget=0", "--budget=0"),
 ])
 def test_bad_options(options, says, capsys, monkeypatch):
     bad(capsys, lambda: planned(capsys, monkeypatch, *options.split()), says)

@@ -255,11 +255,12 @@ def test_a_run_needs_only_the_folder(own, tmp_path, monkeypatch, capsys):
     (tmp_path / "data/vocab.tiktoken").write_text(BYTE_VOCAB)
     bad(capsys, lambda: train("llama", monkeypatch, *options, "--vocab_size=512", "--resume=auto", "--max_steps=9"),
         "another vocabulary than --data_dir=data")
-    shutil.rmtree("data")
+    (tmp_path / "data/vocab.tiktoken").write_text("damaged")
     assert "data has only 5,000 bytes to validate on" in capsys.readouterr().out
 
     train("llama", monkeypatch, *options, "--sample=The old", "--max_new_tokens=5")
     assert capsys.readouterr().out.startswith("The old")
+    shutil.rmtree("data")
     train("llama", monkeypatch, *options, "--export=exported")
     ours, theirs = fineweb.get_tokenizer(vocab, 512), AutoTokenizer.from_pretrained("exported")
     for each in TEXTS:

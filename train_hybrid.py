@@ -111,6 +111,11 @@ class Config(RunConfig):
             raise ValueError(f"--n_layer={self.n_layer} is not a multiple of --share={self.share}")
         if self.share == 1 and self.share_order == "cycle":
             raise ValueError("--share_order=cycle needs --share=2 or more: now no passes share")
+        if self.pos != "rope" and self.rope_theta != Config.rope_theta:
+            raise ValueError(f"--rope_theta={self.rope_theta} needs --pos=rope")
+        if max(self.rank, self.embd_rank) > self.n_embd:
+            raise ValueError("--rank and --embd_rank cannot be above the width, "
+                             f"--n_embd={self.n_embd}: leave them out for full rank")
         if self.tie and self.head_lr != 1:
             raise ValueError(f"--head_lr={self.head_lr} needs --tie=false: a tied head learns with "
                              "the embedding")
