@@ -14,8 +14,8 @@ learning rate, 8e-5 for 405B, falls to 1% of its peak; here it is that of all sc
 
 What to expect: at a context of 1,024 LLaMA 3, Phi-4 and Mistral compute the same function, except
 for the base of the rotary wavelengths and Mistral's window, and with the same seed they start from
-the same weights. Expect differences no larger than those between two seeds, which are up to 0.025
-in validation loss in the small runs of the README. A gap of less than a point of HellaSwag is noise
+the same weights. Expect differences no larger than those between two seeds, which are up to 0.11 in
+validation loss in the small runs of the README. A gap of less than a point of HellaSwag is noise
 until several seeds confirm it.
 
 Run it:
