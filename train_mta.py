@@ -19,9 +19,9 @@ because it would pull kernels that start as the identity to zero.
 What to expect: with 880M parameters and 105B tokens the authors find a validation loss of 0.03 less
 than a plain Transformer's, of which the mixing of heads brings 0.02, at a tenth of its speed
 (tables 2, 5 and 9). Computed as here, MTA is about twice as fast as their code on a CPU.
-In 500 small steps (4 layers of width 256, one seed) the initialisation weighed more than the
-architecture: MTA ended at 1.975, with its authors' initialisation (--init_std=0) at 1.789, and
-LLaMA at 1.819.
+In the small runs of the README (306 steps, one seed) the initialisation weighs as much as the
+architecture: MTA ends at 6.157, with its authors' initialisation (--init_std=0) at 5.980, and LLaMA
+at 5.832.
 
 Run it:
   python train_mta.py --tiny                # a small model on built-in text, minutes on a CPU
