@@ -49,7 +49,7 @@ def estimate_memory(cfg, world, Model, compiled):
 
     def keep(tensor):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
+        return tensor.detach()  # the tensor itself would keep the whole pass alive for ever
 
     with torch.random.fork_rng(devices=[]):
         model = Model(cfg).to(world.device)

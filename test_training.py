@@ -18,6 +18,7 @@ OLD_TRANSFORMERS may name a folder with transformers 4, which then reads the exp
 """
 import contextlib
 import filecmp
+import gc
 import glob
 import hashlib
 import json
@@ -1519,6 +1520,19 @@ def test_the_estimate_of_memory_is_good_to_30_percent(arch, widths):
     estimate, measured = result.stdout.splitlines()
     estimate = float(re.search(r"needs about (\S+) GiB", estimate)[1])
     assert estimate == pytest.approx(float(measured), rel=0.3)
+
+
+@each_arch
+def test_the_estimate_of_memory_leaves_nothing_behind(arch):
+    def tensors():
+        gc.collect()
+        return sum(type(x) is torch.Tensor for x in gc.get_objects())
+
+    cfg = SCRIPTS[arch].Config(**SCRIPTS[arch].TINY | {"vocab_size": 320, "block_size": 32})
+    before = tensors()
+    for _ in range(2):
+        run.estimate_memory(cfg, common.World(torch.device("cpu")), SCRIPTS[arch].Model, compiled=False)
+    assert tensors() <= before + 10  # a table of rotary positions may stay
 
 
 @each_arch
