@@ -15,12 +15,13 @@ are removed, and acc_norm is the lowest loss per character, acc_bytes that per b
 without the space. Between models with different tokenizers compare acc, acc_bytes, or acc_norm in
 the style "lm-eval": a loss per token depends on the tokens.
 
-Two more scores move before accuracy leaves chance. "bpb" is the bits per byte of the right endings,
+Two more scores use all losses, not only the answer. "bpb" is the bits per byte of right endings,
 which shows how fluent the model is in such text. "gap" is the mean loss per byte of the wrong
-endings minus that of the right one, in nats, which grows as the model learns to choose. It is not
-quite 0 at chance: with GPT-2's vocabulary an untrained model has 0.01, as the wrong endings have
-slightly more tokens per byte. DataDecide (Magnusson et al. 2025, arXiv 2504.11393) compares scores
-of this kind.
+endings minus that of the right one, in nats. It is not 0 at chance, as the wrong endings have more
+tokens per byte: an untrained model has 0.01 with GPT-2's vocabulary, and 0.03 with one of 8,192
+tokens. So it falls with the loss at first, as in all small runs of the README, and grows only when
+the model learns to choose. DataDecide (Magnusson et al. 2025, arXiv 2504.11393) compares scores of
+this kind.
 
 With --save=FILE.npz the losses are kept, so that compare.py can show the model beside others.
 """

@@ -433,18 +433,18 @@ class Run:
         self.stopping = self.world.sum(signalled).item() > 0
         return self.stopping
 
-    def log_val(self, step, stream, losses):
+    def log_val(self, step, stream, table):
         """Log the validation loss, and the bits per byte of text, and keep the mean loss of each
-        row: float32 (rows,). stream: "val" or "val_full". losses: a loss_table, in which this
+        row: float32 (rows,). stream: "val" or "val_full". table: a loss_table, in which this
         process has filled its rows."""
-        losses = self.world.sum(losses).cpu().double()
+        table = self.world.sum(table).cpu().double()
         if self.gave_up():
             return
-        losses = losses[losses[:, 1] > 0]  # without the padding of the last batch
-        nats, n_targets, text_nats, text_bytes = losses.sum(0).tolist()
+        table = table[table[:, 1] > 0]  # without the padding of the last batch
+        nats, n_targets, text_nats, text_bytes = table.sum(0).tolist()
         if self.file:
             with replacing(os.path.join(self.cfg.log_dir, f"{stream}_{step}.npy")) as file:
-                np.save(file, (losses[:, 0] / losses[:, 1]).float().numpy())
+                np.save(file, (table[:, 0] / table[:, 1]).float().numpy())
         loss = f"{nats / n_targets:.4f}"
         self.log(step, stream, loss)
         name = "validation loss" if stream == "val" else "full validation loss"

@@ -376,10 +376,11 @@ MISTAKES = [
     Mistake("theta of LLaMA", "mta", option(rope_theta=500000.0)),
 
     # the form without convolutions
-    Mistake("no diagonals of scores", "mta", products("torch.where(distance < n, close, scores)", "scores")),
+    Mistake("no diagonals of scores", "mta", products(
+        "torch.where(distance < n, from_diagonals(near_scores), scores)", "scores")),
     Mistake("too few diagonals of scores", "mta", products("n = before + beside + 1", "n = before")),
     Mistake("no diagonals of weights", "mta", products(
-        'y = y + torch.einsum("bhnt,bnct->bhct", close, neighbours(v, range(0, -reach, -1), 1))', "")),
+        'y = y + torch.einsum("bhnt,bnct->bhct", near_weights, neighbours(v, range(0, -reach, -1), 1))', "")),
     Mistake("diagonals of weights counted twice", "mta", products("weights.masked_fill(distance < n, 0)", "weights")),
     Mistake("too few diagonals of weights", "mta", products("n = beside + 1", "n = beside - 1")),
     Mistake("too short a reach of weights", "mta", products("reach = n + beside + before", "reach = n + beside")),

@@ -1,8 +1,8 @@
 """
 Gemma 3 (Gemma Team 2025, arXiv 2503.19786) at the size of GPT-2 124M. It differs from LLaMA 3 in
 these points:
-- Five local layers, whose attention sees a sliding window, alternate with one global layer. Theta
-  is 10,000 in local layers and 1,000,000 in global ones (section 2).
+- Every sixth layer is global. The others are local: their attention sees a sliding window. Theta is
+  1,000,000 in global layers and 10,000 in local ones (section 2).
 - RMSNorm also stands behind attention and MLP, before they are added to the residual stream. All
   norms multiply by 1 + w, where w starts at 0, in fp32.
 - Queries and keys are normalised per head, before they are rotated (section 2; arXiv 2302.05442).
@@ -153,11 +153,12 @@ def sliding_window_attention(q, k, v, window, block_mask=None):
     n = math.ceil(T / window) - 1  # blocks after the first
 
     def blocks(x, start, size):
-        """Cut x from `start` on, every `window` positions: (B, H, T, D) -> (B * n, H, size, D)."""
+        """Cut n pieces of `size` positions out of x, every `window` positions from `start` on:
+        (B, H, T, D) -> (B * n, H, size, D)."""
         x = F.pad(x[:, :, start:], (0, 0, 0, (n + 1) * window - T))
         return x.unfold(2, size, window).permute(0, 2, 1, 4, 3).flatten(0, 1)
 
-    # query i of a block sees keys i + 1 to i + window of the 2 window keys
+    # within a block of queries and its 2 window keys, query i sees keys i + 1 to i + window
     band = torch.ones(window, 2 * window, dtype=torch.bool, device=q.device)
     band = band.triu(1).tril(window)
     y = F.scaled_dot_product_attention(
@@ -370,17 +371,17 @@ def main():
 
         # evaluate (a stopped run is evaluated after it resumes)
         if run.evaluation_due(step) and not run.stopping:
-            run.flush()
+            run.flush()  # a run that has diverged ends here
             model.eval()
             streams = {"val": val_loader.val_tokens}
             if last_step and cfg.val_full_tokens:
                 streams["val_full"] = cfg.val_full_tokens
             for stream, n_tokens in streams.items():
-                losses = val_loader.loss_table(n_tokens)
+                table = val_loader.loss_table(n_tokens)
                 with torch.no_grad(), world.autocast():
                     for rows, x, y in run.until_signal(val_loader.val_batches(n_tokens)):
-                        losses[rows] = row_losses(model, x, y, val_loader.token_bytes)
-                run.log_val(step, stream, losses)
+                        table[rows] = row_losses(model, x, y, val_loader.token_bytes)
+                run.log_val(step, stream, table)
             if hellaswag:
                 run.log_hella(step, hellaswag.losses(model, run.until_signal))
             model.train()
@@ -400,7 +401,7 @@ def main():
         run.begin_update()
         lr = cosine_lr(cfg, step)
         for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]  # kinds of parameters have rates of their own
+            group["lr"] = lr * group["lr_scale"]  # --embd_lr, --matrix_lr and so on
         train_loss = torch.zeros((), device=world.device)
         for micro_step in range(accumulation):
             x, y = next(batches)

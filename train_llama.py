@@ -10,7 +10,7 @@ GPT-2 in these points:
 It is the 8B model at the size of GPT-2 124M, with its embedding tied as in LLaMA 3.2 1B:
 123,587,328 parameters. The report masks attention between documents and found little effect except
 in long contexts (section 3.2); here attention crosses them, as in all scripts. The report's
-learning rate, 8e-5 for 405B, falls to 1% of its peak; here it is that of all scripts.
+learning rate, 8e-5 for 405B, falls to 1% of its peak; here all scripts share one.
 
 What to expect: at a context of 1,024 LLaMA 3, Phi-4 and Mistral compute the same function, except
 for the base of the rotary wavelengths and Mistral's window, and with the same seed they start from
@@ -299,17 +299,17 @@ def main():
 
         # evaluate (a stopped run is evaluated after it resumes)
         if run.evaluation_due(step) and not run.stopping:
-            run.flush()
+            run.flush()  # a run that has diverged ends here
             model.eval()
             streams = {"val": val_loader.val_tokens}
             if last_step and cfg.val_full_tokens:
                 streams["val_full"] = cfg.val_full_tokens
             for stream, n_tokens in streams.items():
-                losses = val_loader.loss_table(n_tokens)
+                table = val_loader.loss_table(n_tokens)
                 with torch.no_grad(), world.autocast():
                     for rows, x, y in run.until_signal(val_loader.val_batches(n_tokens)):
-                        losses[rows] = row_losses(model, x, y, val_loader.token_bytes)
-                run.log_val(step, stream, losses)
+                        table[rows] = row_losses(model, x, y, val_loader.token_bytes)
+                run.log_val(step, stream, table)
             if hellaswag:
                 run.log_hella(step, hellaswag.losses(model, run.until_signal))
             model.train()
@@ -329,7 +329,7 @@ def main():
         run.begin_update()
         lr = cosine_lr(cfg, step)
         for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]  # kinds of parameters have rates of their own
+            group["lr"] = lr * group["lr_scale"]  # --embd_lr, --matrix_lr and so on
         train_loss = torch.zeros((), device=world.device)
         for micro_step in range(accumulation):
             x, y = next(batches)

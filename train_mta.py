@@ -16,9 +16,9 @@ Our own choices: LLaMA's 3 key-value heads, where the paper has one for each que
 initialisation of the matrices; and no weight decay of kernels, mixing matrices, norms and gates,
 because it would pull kernels that start as the identity to zero.
 
-What to expect: with 880M parameters and 105B tokens the authors find a validation loss of 0.03 less
-than a plain Transformer's, of which the mixing of heads brings 0.02, at a tenth of its speed
-(tables 2, 5 and 9). Computed as here, MTA is about twice as fast as their code on a CPU.
+What to expect: with 880M parameters and 105B tokens the authors report a validation loss 0.03 below
+that of a plain Transformer, at a tenth of its speed; 0.02 of it come from mixing heads (tables 2, 5
+and 9). Computed as here, MTA is about twice as fast as their code on a CPU.
 In the small runs of the README (306 steps, one seed) the initialisation weighs as much as the
 architecture: MTA ends at 6.157, with its authors' initialisation (--init_std=0) at 5.980, and LLaMA
 at 5.832.
@@ -62,8 +62,8 @@ class Config(RunConfig):
     ffn_dim: int = 2432  # hidden width of the MLP
     rope_theta: float = 100000.0  # base of the rotary wavelengths
     norm_eps: float = 1e-5  # epsilon of RMSNorm
-    init_std: float = 0.02  # standard deviation of weights at the start; 0: 1 / sqrt(inputs)
-    kq_period: int = 4  # one in so many layers has key-query convolutions: 2, 6, 10 of 0 to 11
+    init_std: float = 0.02  # standard deviation of initial weights; 0: 1 / sqrt(inputs)
+    kq_period: int = 4  # every Nth layer has key-query convolutions: 2, 6, 10 of 0 to 11
     query_kernel: int = 6  # queries that a kernel covers: the last ones
     key_kernel: int = 11  # keys that a kernel covers, an odd number: as many on both sides
     # training
@@ -180,7 +180,8 @@ def neighbours(x, offsets, dim):
 def diagonals(x, n):
     """Return y (..., n, T) with y[d, i] = x[i, i - d] for x (..., T, T), and zero where i < d."""
     T = x.size(-1)
-    # rows of T + n - 1 numbers, read as rows of T + n: each starts one column further on
+    # rows of T + n - 1 numbers, read as rows of T + n: each starts one column further on, so that
+    # x[i, i] is in the same column of all rows, and x[i, i - d] d columns to the left of it
     x = F.pad(F.pad(x, (n - 1, 0)).flatten(-2), (0, T))
     return x.unflatten(-1, (T, T + n))[..., :n].flip(-1).mT
 
@@ -223,7 +224,7 @@ def key_query_attention(q, k, v, mixing_before, mixing_after, kernel_before, ker
         key = torch.arange(-beside, beside + 1, device=x.device)[:, None, None]
         from_distance = torch.arange(x.size(2), device=x.device)
         to_distance = torch.arange(n, device=x.device)[:, None]
-        # a kernel's weight takes what is at the distance d + query - key to the distance d
+        # a result at distance d sums the inputs at d + query - key, weighted with the kernel
         reached = (from_distance == to_distance + query - key).to(kernel)
         matrix = torch.einsum("hqk,qktf->htqf", kernel, reached).flatten(2)
         return matrix @ neighbours(x, past, 2).flatten(2, 3)
@@ -231,24 +232,27 @@ def key_query_attention(q, k, v, mixing_before, mixing_after, kernel_before, ker
     queries = neighbours(q, past, 2).flatten(2, 3)  # (B, M, query_kernel D, T)
     keys = kernel_before.view(G, -1, key_kernel) @ neighbours(k, around, 2).flatten(3)
     scores = queries.mT @ keys.view(B, M, -1, T)
-    n = before + beside + 1  # a kernel covers future keys on fewer diagonals than these
-    close = neighbours(k, range(0, -n - beside, -1), 2)  # the latest keys of each query
-    close = torch.einsum("bghdt,bgndt->bghnt", q.unflatten(1, (G, -1)), close).flatten(1, 2)
-    close = from_diagonals(convolve_diagonals(close, kernel_before, n))
-    scores = torch.where(distance < n, close, scores) * D ** -0.5
+    # only where a key is less than n positions behind its query can the kernel cover future keys
+    n = before + beside + 1
+    near_keys = neighbours(k, range(0, -n - beside, -1), 2)
+    near_scores = torch.einsum("bghdt,bgndt->bghnt", q.unflatten(1, (G, -1)), near_keys)
+    near_scores = convolve_diagonals(near_scores.flatten(1, 2), kernel_before, n)
+    scores = torch.where(distance < n, from_diagonals(near_scores), scores) * D ** -0.5
 
     scores = torch.einsum("oh,bhij->boij", mixing_before, scores)
     weights = scores.masked_fill(distance < 0, -torch.inf).softmax(-1)
 
+    # the weight of key j + offset moves to key j: it meets the value at j, which is -offset away
     values = kernel_after.view(-1, key_kernel) @ neighbours(v, around[::-1], 1).flatten(2)
-    n = beside + 1  # weight would come to future keys from fewer diagonals
+    # only where a key is less than n positions behind its query can its weight move to future keys
+    n = beside + 1
     parts = values.view(B, M, -1, T) @ weights.masked_fill(distance < n, 0).mT
     parts = parts.unflatten(2, (query_kernel, -1)).unbind(2)  # each (B, M, G D, T)
-    # what the weights of this query and of those before it bring
+    # the weights of this query and of those before it
     y = sum(read_at(part, offset) for part, offset in zip(parts, past))
     reach = n + beside + before
-    close = convolve_diagonals(diagonals(weights, n), kernel_after, reach)
-    y = y + torch.einsum("bhnt,bnct->bhct", close, neighbours(v, range(0, -reach, -1), 1))
+    near_weights = convolve_diagonals(diagonals(weights, n), kernel_after, reach)
+    y = y + torch.einsum("bhnt,bnct->bhct", near_weights, neighbours(v, range(0, -reach, -1), 1))
     return mix_own_group(y.mT, mixing_after, G)
 
 
@@ -465,17 +469,17 @@ def main():
 
         # evaluate (a stopped run is evaluated after it resumes)
         if run.evaluation_due(step) and not run.stopping:
-            run.flush()
+            run.flush()  # a run that has diverged ends here
             model.eval()
             streams = {"val": val_loader.val_tokens}
             if last_step and cfg.val_full_tokens:
                 streams["val_full"] = cfg.val_full_tokens
             for stream, n_tokens in streams.items():
-                losses = val_loader.loss_table(n_tokens)
+                table = val_loader.loss_table(n_tokens)
                 with torch.no_grad(), world.autocast():
                     for rows, x, y in run.until_signal(val_loader.val_batches(n_tokens)):
-                        losses[rows] = row_losses(model, x, y, val_loader.token_bytes)
-                run.log_val(step, stream, losses)
+                        table[rows] = row_losses(model, x, y, val_loader.token_bytes)
+                run.log_val(step, stream, table)
             if hellaswag:
                 run.log_hella(step, hellaswag.losses(model, run.until_signal))
             model.train()
@@ -495,7 +499,7 @@ def main():
         run.begin_update()
         lr = cosine_lr(cfg, step)
         for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]  # kinds of parameters have rates of their own
+            group["lr"] = lr * group["lr_scale"]  # --embd_lr, --matrix_lr and so on
         train_loss = torch.zeros((), device=world.device)
         for micro_step in range(accumulation):
             x, y = next(batches)

@@ -8,7 +8,7 @@ these points:
   2503.01743), the 14B model all, which is the default here.
 RMSNorm, four query heads per key-value head, SwiGLU, full attention and the lack of biases are as
 in LLaMA. The embedding is tied as in Phi-4-mini, unlike the 14B model's. The report's learning rate
-falls linearly from 3e-4; here it is that of all scripts. The model has 123,587,328 parameters.
+falls linearly from 3e-4; here all scripts share one. The model has 123,587,328 parameters.
 
 What to expect: LLaMA's results. With the same seed both start from the same weights, and the fused
 matrices change the speed, not the result, as long as the optimizer is AdamW; Muon treats a fused
@@ -314,17 +314,17 @@ def main():
 
         # evaluate (a stopped run is evaluated after it resumes)
         if run.evaluation_due(step) and not run.stopping:
-            run.flush()
+            run.flush()  # a run that has diverged ends here
             model.eval()
             streams = {"val": val_loader.val_tokens}
             if last_step and cfg.val_full_tokens:
                 streams["val_full"] = cfg.val_full_tokens
             for stream, n_tokens in streams.items():
-                losses = val_loader.loss_table(n_tokens)
+                table = val_loader.loss_table(n_tokens)
                 with torch.no_grad(), world.autocast():
                     for rows, x, y in run.until_signal(val_loader.val_batches(n_tokens)):
-                        losses[rows] = row_losses(model, x, y, val_loader.token_bytes)
-                run.log_val(step, stream, losses)
+                        table[rows] = row_losses(model, x, y, val_loader.token_bytes)
+                run.log_val(step, stream, table)
             if hellaswag:
                 run.log_hella(step, hellaswag.losses(model, run.until_signal))
             model.train()
@@ -344,7 +344,7 @@ def main():
         run.begin_update()
         lr = cosine_lr(cfg, step)
         for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]  # kinds of parameters have rates of their own
+            group["lr"] = lr * group["lr_scale"]  # --embd_lr, --matrix_lr and so on
         train_loss = torch.zeros((), device=world.device)
         for micro_step in range(accumulation):
             x, y = next(batches)
