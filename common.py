@@ -21,18 +21,21 @@ import os
 import re
 import sys
 import warnings
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from importlib.util import find_spec
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from fineweb import (GPT2_TOKENS, Parser, TokenSequence, explain, fail, missing_shards,
+from fineweb import (GPT2_TOKENS, Parser, TokenSequence, boolean, explain, fail, missing_shards,
                      n_tokens, open_shards, padded_size, token_lengths, vocab_of,
                      write_builtin_text)
 
+HAS_TRITON = find_spec("triton") is not None  # torch.compile needs it on GPUs; Windows lacks it
 BENCH_WARMUP = 5  # steps that --bench does not count: compilation and the first allocations
 # what --tiny changes; each script adds the size of its model
 TINY_TRAINING = dict(
@@ -55,16 +58,14 @@ def default_dtype(device):
     capability 8.0, from A100 and RTX 30 on), float16 if not, float32 without a GPU."""
     if not device.startswith("cuda") or not torch.cuda.is_available():
         return "float32"
-    gpus = range(torch.cuda.device_count())
-    oldest = min(torch.cuda.get_device_capability(gpu) for gpu in gpus)
+    oldest = min(map(torch.cuda.get_device_capability, range(torch.cuda.device_count())))
     return "bfloat16" if oldest >= (8, 0) else "float16"
 
 
 @dataclass
 class RunConfig:
-    """Where, when and how a run runs. The Config of a script adds its model and its training.
-
-    The comment beside a field is its text in --help."""
+    """Where, when and how a run runs. The Config of a script adds its model and its training. The
+    comment beside a field is its text in --help."""
     seed: int = 1337  # seed of the initialisation and of text samples
     eval_interval: int = 250  # steps between evaluations (validation loss, HellaSwag); 0: never
     val_tokens: int = 2621440  # tokens to evaluate on, from the start of the validation shard
@@ -80,7 +81,7 @@ class RunConfig:
     resume: str = ""  # checkpoint to resume from; auto: the newest in log_dir
     device: str = default_device()  # cuda, mps or cpu
     dtype: str = default_dtype(default_device())  # of matrix products: bfloat16, float16, float32
-    compile: bool = torch.cuda.is_available()  # compile the model with torch.compile
+    compile: bool = torch.cuda.is_available() and HAS_TRITON  # compile the model with torch.compile
     tiny: bool = False  # train a small model on built-in text, in a few minutes on a CPU
 
     # names of options that shape the training, not the model; a script may add its own
@@ -103,12 +104,6 @@ class RunConfig:
         training = [name for name in names if name in cls.training_options]
         model = [name for name in names if name not in run + training]
         return {"model": model, "training": training, "run": run}
-
-
-def boolean(text):
-    if text.lower() not in ("0", "false", "no", "1", "true", "yes"):
-        raise ValueError
-    return text.lower() in ("1", "true", "yes")
 
 
 def make_parser(Config):
@@ -171,8 +166,7 @@ def parse_args(Config, tiny):
     parser = make_parser(Config)
     mode, unknown = parser.parse_known_args()
     if unknown:
-        names = parser._option_string_actions
-        near = difflib.get_close_matches(unknown[0].split("=")[0], names, 1)
+        near = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, 1)
         hint = f", did you mean {near[0]}?" if near else ""
         parser.error(f"unknown option {unknown[0]}{hint}")
     values = {f.name: getattr(mode, f.name) for f in fields(Config)}
@@ -188,7 +182,7 @@ def parse_args(Config, tiny):
         defaults["vocab_size"] = padded_size(vocab_of(data_dir))
     numbers = {name: getattr(mode, name) for name in ("bench", "max_new_tokens", "temperature")}
     for name, value in {**given, **numbers}.items():
-        default_limits = (0, math.inf) if isinstance(value, float) else (1, 2**40)
+        default_limits = (0, 1e35) if isinstance(value, float) else (1, 2**40)
         least, bound = Config.limits.get(name, default_limits)
         if type(value) in (int, float) and not least <= value < bound:
             fail(f"--{name}={value} is out of range: at least {least}, less than {bound}")
@@ -220,8 +214,7 @@ class World:
     dtype: torch.dtype = torch.float32  # of matrix products
 
     def autocast(self):
-        mixed = self.dtype != torch.float32
-        return torch.autocast(self.device.type, self.dtype, enabled=mixed)
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def sum(self, x):
         """Sum x over all processes, in place, and return it. It is a sum because gloo, which
@@ -229,6 +222,12 @@ class World:
         if self.size > 1:
             dist.all_reduce(x)
         return x
+
+    def check_same(self, what, value):
+        """End the program if a value is not the same in all processes. what: its name."""
+        number = torch.tensor(zlib.crc32(repr(value).encode()), device=self.device)
+        if self.sum(number.clone()) != number * self.size:
+            fail(f"the processes differ in {what}: give all machines the same files and options")
 
     def local_first(self, write_files):
         """Call write_files() in one process of each machine while the others wait. The machines
@@ -341,6 +340,7 @@ class ShardLoader:
                 world.local_first(lambda: write_builtin_text(cfg.data_dir))
             known = min(cfg.vocab_size, n_tokens(vocab_of(cfg.data_dir)))
             self.tokens = open_shards(cfg.data_dir, split, known)
+            world.check_same(f"the {split} shards in {cfg.data_dir}", len(self.tokens))
         if len(self.tokens) <= self.T:
             fail(f"the {split} shards in {cfg.data_dir} hold {len(self.tokens)} tokens: a row of "
                  f"--block_size={self.T} and its last target need more")
@@ -357,6 +357,7 @@ class ShardLoader:
         stands for, int64 (vocab_size,); and what run.json says of the text."""
         token_bytes = np.zeros(cfg.vocab_size, np.int64)
         self.val_tokens, self.val_text, self.bytes_per_token = cfg.val_tokens, None, None
+        self.world.check_same("whether they have a tokenizer", tokenizer is None)
         if tokenizer:
             token_bytes[:tokenizer.n_vocab] = token_lengths(tokenizer)
         elif cfg.val_bytes:
@@ -395,7 +396,8 @@ class ShardLoader:
         """Return x and y, int64 (B, T) on the device. What is missing in the last batch of an
         evaluation is padding with targets of -1. loading: the future of self.load."""
         # the transfer takes 2 bytes per token; & 0xFFFF makes the uint16 again that it was
-        tokens = loading.result().to(self.world.device, non_blocking=True).long() & 0xFFFF
+        pinned = self.world.device.type == "cuda"  # other memory may be reused before it is copied
+        tokens = loading.result().to(self.world.device, non_blocking=pinned).long() & 0xFFFF
         padding = (0, self.B * self.T - (len(tokens) - 1))
         x, y = F.pad(tokens[:-1], padding), F.pad(tokens[1:], padding, value=-1)
         return x.view(self.B, self.T), y.view(self.B, self.T)
@@ -488,13 +490,11 @@ def generate(model, tokenizer, prompt, device, seed, new_tokens=100, temperature
     # each step has another length, for which a compiled model would be compiled again
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         for _ in range(new_tokens):
-            if recurrent:
-                hidden = model.hidden(torch.tensor([unread], device=device), state)
-            else:
-                hidden = model.hidden(torch.tensor([ids[-block_size:]], device=device))
+            idx = torch.tensor([unread if recurrent else ids[-block_size:]], device=device)
+            hidden = model.hidden(idx, state) if recurrent else model.hidden(idx)
             logits = model.lm_head(hidden[:, -1]).float().cpu()[0, :tokenizer.n_vocab]
             values, tokens = logits.topk(min(top_k if temperature else 1, len(logits)))
-            probabilities = (values / (temperature or 1.0)).softmax(-1)
+            probabilities = ((values - values[0]) / (temperature or 1.0)).softmax(-1)
             unread = [tokens[torch.multinomial(probabilities, 1, generator=rng)].item()]
             ids = ids + unread
     return tokenizer.decode(ids)

@@ -103,6 +103,13 @@ class Parser(argparse.ArgumentParser):
         fail(f"{message} ({self.prog} --help lists the options)")
 
 
+def boolean(text):
+    """Return the value of an option that is true or false; argparse reports a ValueError."""
+    if text.lower() not in ("0", "false", "no", "1", "true", "yes"):
+        raise ValueError
+    return text.lower() in ("1", "true", "yes")
+
+
 @contextmanager
 def replacing(path):
     """Open a temporary file beside path for writing; rename it to path once it is whole and on the
@@ -630,7 +637,7 @@ def get_tokenizer(vocab, vocab_size):
     if vocab_size >= GPT2_TOKENS:
         try:
             return tiktoken.get_encoding("gpt2")
-        except OSError as e:
+        except (OSError, ValueError) as e:  # ValueError: something else came than was asked for
             reason = (f"GPT-2's BPE cannot be downloaded ({type(e).__name__}); set "
                       "TIKTOKEN_CACHE_DIR to a folder into which tiktoken has downloaded it before")
     if os.environ.get("RANK", "0") == "0":  # torchrun's processes would all say the same
@@ -873,7 +880,7 @@ def writing_shards(data_dir):
             made = os.listdir(data_dir)
             if not existed and not any(name.endswith((".bin", VOCAB_FILE)) for name in made):
                 for name in ".lock", "progress.json":
-                    with suppress(FileNotFoundError):
+                    with suppress(OSError):  # it is not there; Windows keeps the open .lock
                         os.unlink(os.path.join(data_dir, name))
                 with suppress(OSError):  # it is not empty
                     os.rmdir(data_dir)

@@ -180,7 +180,7 @@ def item_scores(losses, lengths, n_bytes, labels):
               for name, score in scores.items()}
 
     def of_right(numbers):
-        return np.take_along_axis(numbers, labels[:, None], 1)[:, 0].astype(float)
+        return numbers[np.arange(len(labels)), labels].astype(float)
 
     bits, lengths = of_right(losses) / math.log(2), of_right(n_bytes)
     bpb = bits.sum() / lengths.sum()
@@ -285,10 +285,12 @@ def load_hellaswag(cfg, world, tokenizer):
         return None
     if cfg.hellaswag_file == FILE:
         world.local_first(download_or_say_why)
+        world.check_same(f"whether they have {FILE}", os.path.exists(FILE))
         if not os.path.exists(FILE):
             return None
     with explain(f"--hellaswag_file={cfg.hellaswag_file}", OSError, ValueError):
         items = load_items(cfg.hellaswag_file)[:cfg.hella_limit]
+    world.check_same("HellaSwag's items", len(items))
     batch_tokens = cfg.batch_size * cfg.block_size
     return HellaSwag(items, tokenizer, cfg.block_size, batch_tokens, world, cfg.compile)
 

@@ -16,12 +16,13 @@ import math
 import os
 import re
 import sys
+from statistics import fmean as mean
 
 import torch
 
 import compare
-from common import PEAK_FLOPS, World, accumulation_steps, parse_args
-from fineweb import Parser, fail, one_line_errors, open_shards
+from common import PEAK_FLOPS, World, accumulation_steps, parse_args, peak_flops
+from fineweb import Parser, digest, fail, one_line_errors, open_shards, vocab_of
 from run import estimate_memory
 
 SCRIPTS = sorted(name[len("train_"):-len(".py")]
@@ -64,10 +65,6 @@ def predicted(N, D, unique=math.inf):
     return losses
 
 
-def mean(values):
-    return sum(values) / len(values)
-
-
 def results(log):
     """Return the runs with a run.json below a folder, the latest first; damaged ones are named."""
     paths = compare.find_logs([log]) if os.path.exists(log) else []
@@ -83,13 +80,17 @@ def results(log):
 def reference(cfg, N, D, log):
     """Return the finished run with the same vocabulary whose N D is nearest, as LLMC, or None if
     there is none within a factor of 100."""
-    known = [LLMC] if cfg.vocab_size in (50257, 50304) else []
+    vocab = digest(vocab_of(cfg.data_dir))
+    known = [LLMC] if cfg.vocab_size in (50257, 50304) and not vocab else []
     for result in results(log):
+        info = result.info
+        same_vocab = (result.config["vocab_size"] == cfg.vocab_size
+                      and (info["vocab"] or {"sha256": ""})["sha256"] == vocab)
         losses = result.curves["val_full"] or result.curves["val"]
         trained = result.finished and not result.diverged and result.steps > 0
-        if trained and losses and result.config["vocab_size"] == cfg.vocab_size:
+        if trained and losses and same_vocab:
             known.append({"where": os.path.relpath(result.folder), "loss": losses[max(losses)],
-                          "N": result.info["params"]["total"], "D": result.tokens(result.steps)})
+                          "N": info["params"]["total"], "D": result.tokens(result.steps)})
 
     def distance(run):
         return abs(math.log(run["N"] * run["D"] / (N * D)))
@@ -120,7 +121,8 @@ def mfu_of_last_run(log, gpu):
     """Return (MFU, folder) of the latest run on a kind of GPU, or None."""
     for result in results(log):
         info = result.info
-        if gpu in info["device"] and gpu in PEAK_FLOPS and info["tokens_per_second"]:
+        same_peak = gpu in PEAK_FLOPS and peak_flops(info["device"]) == PEAK_FLOPS[gpu]
+        if same_peak and info["tokens_per_second"]:
             rate = info["tokens_per_second"] / (info.get("processes") or 1)
             return (rate * info["flops_per_token"] / PEAK_FLOPS[gpu],
                     os.path.relpath(result.folder))

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections import deque
+from contextlib import suppress
 from dataclasses import asdict
 
 import numpy as np
@@ -32,8 +33,7 @@ PROMPT = "Hello, I'm a language model,"
 # ---- memory --------------------------------------------------------------------------------------
 
 def free_memory(device):
-    """Return the bytes that are free on a GPU, or for each process of this machine; None if the
-    system does not say."""
+    """Return the bytes free on a GPU, or for each process of this machine; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if os.path.exists("/proc/meminfo"):
@@ -243,6 +243,11 @@ class Run:
         self.hellaswag = hellaswag
         self.bench = bench
         self.vocab = vocab_of(cfg.data_dir)
+        writes = world.rank == 0 and not bench
+        is_new = not os.path.isdir(cfg.log_dir)
+        if writes and not is_new:  # before resuming, as the run that has the lock might yet save
+            self.lock = lock_folder(cfg.log_dir, "--log_dir")  # until this process ends
+        world.check_same("their options", asdict(cfg) | dict(data_dir="", hellaswag_file=""))
         start = resume(cfg, arch, world, model, self.vocab, optimizer, scaler)
         self.checkpoint, self.start_step, self.tokens_per_second = start
         self.cuda = world.device.type == "cuda"
@@ -256,8 +261,9 @@ class Run:
         self.stopping = False  # whether any process was: all of them stop at the same step
         self.log_path = os.path.join(cfg.log_dir, "log.txt")
         self.file = None  # the open log.txt, in the process that writes
-        if world.rank == 0 and not bench:
-            self.lock = lock_folder(cfg.log_dir, "--log_dir")  # until this process ends
+        if writes:
+            if is_new:
+                self.lock = lock_folder(cfg.log_dir, "--log_dir")
             self.starts = self.earlier_starts()
             self.open_log()
             self.write_info()
@@ -310,7 +316,7 @@ class Run:
             "step": self.start_step, "command": sys.argv, "config": asdict(self.cfg),
             "device": self.device_name, "processes": self.world.size, "torch": torch.__version__,
             "python": sys.version,
-            "git_commit": subprocess.getoutput(f"git -C {here} rev-parse HEAD 2>/dev/null")}
+            "git_commit": subprocess.getoutput(f"git -C {here} rev-parse HEAD 2>{os.devnull}")}
         path = os.path.join(os.path.dirname(self.checkpoint or ""), "run.json")
         if self.checkpoint is None or not os.path.exists(path):
             return [this]
@@ -355,8 +361,9 @@ class Run:
         if signum == signal.SIGINT:
             signal.signal(signum, signal.SIG_DFL)
             if self.world.rank == 0:  # the signal may come during a print, which forbids another
-                os.write(2, b"\nstopping after this step; press Ctrl-C again to stop at once, "
-                            b"without saving\n")
+                with suppress(OSError):  # Ctrl-C also ends the reader of a pipe, such as `| tee`
+                    os.write(2, b"\nstopping after this step; press Ctrl-C again to stop at once, "
+                                b"without saving\n")
 
     def until_signal(self, batches):
         """Yield the batches of an evaluation, which is given up when this process must stop."""
@@ -434,9 +441,8 @@ class Run:
         return self.stopping
 
     def log_val(self, step, stream, table):
-        """Log the validation loss, and the bits per byte of text, and keep the mean loss of each
-        row: float32 (rows,). stream: "val" or "val_full". table: a loss_table, in which this
-        process has filled its rows."""
+        """Log validation loss and bits per byte, and keep the mean loss of each row, float32
+        (rows,). stream: "val" or "val_full". table: a loss_table with the rows of this process."""
         table = self.world.sum(table).cpu().double()
         if self.gave_up():
             return

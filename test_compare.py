@@ -267,6 +267,9 @@ def test_without_items_the_spread_of_seeds_is_the_error(capsys):
     assert "the spread between seeds (2 degrees of freedom)" in text
     smallest = (4.3027 + 1.0607) * 0.02 * math.sqrt(1 / 3 + 1)  # the second is the t with 20% above it
     assert f"find a true difference of {smallest:.4f} in validation loss." in text
+    assert "One pair of seeds" not in text
+    show("log/a1", "log/a2", "log/b")
+    assert "(1 degrees of freedom)" in (text := capsys.readouterr().out) and "about 90% of such intervals" in text
     show("log/b", "log/c")
     assert "Differences" not in capsys.readouterr().out
 

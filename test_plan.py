@@ -32,13 +32,13 @@ def planned(capsys, monkeypatch, *options):
     return capsys.readouterr().out
 
 
-def finished_run(folder, loss, n_params, max_steps, tokens_per_second=None, device="cpu", vocab_size=50304):
+def finished_run(folder, loss, n_params, max_steps, tokens_per_second=None, device="cpu", vocab_size=50304, vocab=None):
     """Write log.txt and run.json of a finished run of steps of 1,000,000 tokens."""
     os.makedirs(folder)
     config = {"data_dir": "x", "vocab_size": vocab_size, "total_batch_size": 10**6, "max_steps": max_steps,
               "hellaswag_file": "h", "hella_limit": 0}
     info = {"arch": "gpt2", "device": device, "flops_per_token": 6 * n_params, "tokens_per_second": tokens_per_second,
-            "processes": 2, "params": {"total": n_params, "active": n_params}, "config": config,
+            "processes": 2, "params": {"total": n_params, "active": n_params}, "config": config, "vocab": vocab,
             "starts": [{"step": 0, "config": config}]}
     with open(f"{folder}/run.json", "w") as file:
         json.dump(info, file)
@@ -99,6 +99,7 @@ def test_the_nearest_finished_run_shifts_the_prediction(capsys, monkeypatch):
     assert "shifted       3.28, through llm.c's GPT-2: 3.27 after 10.26 B tokens" in out
     finished_run("log/far", 9.0, 10**6, 10)
     finished_run("log/other_vocabulary", 9.0, 124475904, 10000, vocab_size=320)
+    finished_run("log/another_of_this_size", 9.0, 124475904, 10000, vocab={"sha256": "12ab"})
     assert planned(capsys, monkeypatch, "gpt2") == out
     finished_run("log/near", 3.5, 124475904, 10000)
     assert "shifted       3.50, through log/near: 3.50 after 10 B tokens" in planned(capsys, monkeypatch, "gpt2")
@@ -136,6 +137,10 @@ def test_data_time_and_price(capsys, monkeypatch):
     assert f"{hours:.1f} hours on 4xH100" in out
     assert "(MFU 50% of log/x)" in out
     assert f"; {hours * 4 * 3:,.0f} USD" in out
+    finished_run("log/y", 3.0, 10**8, 10, tokens_per_second=1e6, device="NVIDIA RTX A1000 Laptop GPU")
+    assert "time            unknown: give --mfu" in planned(capsys, monkeypatch, "gpt2", "--gpus=1xA100")
+    finished_run("log/z", 3.0, 10**8, 10, tokens_per_second=1e6, device="NVIDIA H100 NVL")
+    assert planned(capsys, monkeypatch, "gpt2", "--gpus=4xH100", "--price=3") == out
 
 
 def test_all_scripts_in_one_table(capsys, monkeypatch):

@@ -614,6 +614,35 @@ def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint():
     assert log_of() == log_of("log/whole")
 
 
+@pytest.mark.parametrize("has_triton", [True, False])
+def test_windows_has_no_triton(has_triton):
+    """There a GPU does not make torch.compile the default."""
+    code = f"""
+import importlib.util, torch
+torch.cuda.is_available = lambda: True
+torch.cuda.device_count = lambda: 1
+torch.cuda.get_device_capability = lambda gpu: (9, 0)
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name: {has_triton or None} if name == "triton" else find_spec(name)
+import common
+print(common.RunConfig.device, common.RunConfig.compile)"""
+    result = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": ROOT}, capture_output=True,
+                            text=True)
+    assert result.stdout == f"cuda {has_triton}\n", result.stderr
+
+
+def test_what_comes_instead_of_a_tokenizer(monkeypatch, capsys):
+    """A network that asks for a login answers with a page: tiktoken raises ValueError."""
+    import tiktoken
+
+    def download(name):
+        raise ValueError("Hash mismatch for data downloaded")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", download)
+    assert fineweb.get_tokenizer("", 50304) is None
+    assert "cannot be downloaded (ValueError)" in capsys.readouterr().err
+
+
 def test_ctrl_c_answers_at_once(monkeypatch, capfd):
     log_train = run.Run.log_train
 
@@ -626,6 +655,68 @@ def test_ctrl_c_answers_at_once(monkeypatch, capfd):
     train("gpt2", monkeypatch, *QUICK)
     assert "stopping after this step; press Ctrl-C again to stop at once" in capfd.readouterr().err
     assert len(stream_of("train", "log/gpt2-tiny")) == 4
+
+
+def test_ctrl_c_saves_though_it_ends_the_reader_of_both_streams(monkeypatch):
+    """As with `2>&1 | tee`, which Ctrl-C ends, too: writing to it raises BrokenPipeError."""
+    process = subprocess.Popen([sys.executable, os.path.join(ROOT, "train_gpt2.py"), *LONG], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step    30/"):
+            break
+    process.stdout.close()
+    process.stderr.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 0
+    assert stopped_at() > 30
+
+
+def test_a_checkpoint_saved_while_waiting_for_the_lock_is_resumed(monkeypatch, capsys):
+    train("gpt2", monkeypatch, *QUICK)
+    newest = max(checkpoints())
+    os.rename(newest, "newest.pt")
+    lock_folder = fineweb.lock_folder
+
+    def saved_meanwhile(folder, option):
+        os.rename("newest.pt", newest)
+        return lock_folder(folder, option)
+
+    monkeypatch.setattr(fineweb, "lock_folder", saved_meanwhile)
+    train("gpt2", monkeypatch, *QUICK, "--resume=auto")
+    assert f"resumed {newest}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("difference, says", [
+    ("option", "differ in their options"),
+    ("shards", "differ in the train shards in "),
+    ("tokenizer", "differ in whether they have a tokenizer"),
+    ("hellaswag", "differ in HellaSwag's items")])
+def test_processes_that_differ_are_noticed(difference, says, hellaswag_items):
+    """Two processes as on two machines, one of which lacks something."""
+    with contextlib.closing(socket.socket()) as s:
+        s.bind(("127.0.0.1", 0))
+        _, port = s.getsockname()
+    processes = []
+    for rank in range(2):
+        shards(f"machine{rank}")
+        if rank == 1 and difference == "shards":
+            os.remove(max(glob.glob(f"machine{rank}/*train*")))
+        if rank == 1 and difference == "tokenizer":
+            os.remove(f"machine{rank}/vocab.tiktoken")
+        write_jsonl(f"machine{rank}.jsonl", hellaswag_items[:4 - (rank == 1 and difference == "hellaswag")])
+        options = [*QUICK, "--vocab_size=320", f"--data_dir=machine{rank}", f"--hellaswag_file=machine{rank}.jsonl",
+                   "--hella_limit=4", "--val_full_tokens=0"]
+        if rank == 1 and difference == "option":
+            options.append("--learning_rate=2e-3")
+        environment = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                       "MASTER_PORT": str(port)}
+        processes.append(subprocess.Popen(
+            [sys.executable, os.path.join(ROOT, "train_gpt2.py"), *options], env=os.environ | environment,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    outputs = [process.communicate(timeout=100) for process in processes]
+    assert [process.returncode for process in processes] == [1, 1], outputs
+    assert any(says in stderr for _, stderr in outputs), outputs
+    assert not os.path.exists("log/gpt2-tiny/log.txt")
 
 
 def test_one_writer_per_run(monkeypatch, capsys):
@@ -1417,6 +1508,9 @@ def test_samples_never_contain_padding():
     with pytest.raises(SystemExit, match="17 tokens"):
         common.generate(model, byte_tokenizer(), 17 * [97], "cpu", seed=0)
     assert common.generate(model, byte_tokenizer(), [], "cpu", seed=0)
+    nearly_zero, zero = (common.generate(model, byte_tokenizer(), [97], "cpu", seed=0, temperature=temperature)
+                         for temperature in (1e-40, 0.0))
+    assert nearly_zero == zero
 
 
 # ---- bad input: one line, exit code 1, nothing lost ------------------------------------------------------------------
@@ -1430,6 +1524,7 @@ def test_samples_never_contain_padding():
     ("--n_layer=0", "n_layer=0"),
     ("--batch_size=-4", "batch_size=-4"),
     ("--learning_rate=nan", "learning_rate"),
+    ("--learning_rate=1e300", "learning_rate"),
     ("--compile=maybe", "--compile"),
     ("--optimizer=sgd", "muon"),
     ("--dtype=fp8", "bfloat16"),

@@ -459,10 +459,9 @@ class Model(nn.Module):
     def compile(self, **options):
         """Compile block by block, and the loss: blocks of a kind share a graph, so that this takes
         seconds, and DDP sums a block's gradients while those of the block before are computed."""
-        for module in [*self.model.layers, self.model.norm]:
+        parts = [*self.model.layers, self.model.norm]
+        for module in parts if self.mtp is None else [*parts, self.mtp]:
             module.compile(**options)
-        if self.mtp is not None:
-            self.mtp.compile(**options)
         self.loss = torch.compile(self.loss, **options)
 
     @torch.no_grad()
@@ -485,7 +484,11 @@ class Model(nn.Module):
         self.updates += 1
 
     def extra_logs(self):
-        """Return maxvio of the last step: an expert's highest load / the mean load, minus 1."""
+        """Return maxvio of the last update: an expert's highest load / the mean load, minus 1. This
+        is called after each step, also one that float16 skips: its loads must not count later."""
+        for module in self.modules():
+            if isinstance(module, Gate):
+                module.load.zero_()
         return {"maxvio": self.maxvio}
 
     def num_params(self):

@@ -234,9 +234,9 @@ class Model(nn.Module):
     def compile(self, **options):
         """Compile block by block, and the loss: all blocks share a graph, so that this takes
         seconds, and DDP sums a block's gradients while those of the block before are computed.
-        On CUDA the blocks get the mask that flex_attention needs."""
+        On CUDA the blocks get the mask that flex_attention needs, which takes heads from 16 on."""
         device = self.lm_head.weight.device
-        if device.type == "cuda":
+        if device.type == "cuda" and self.cfg.head_dim >= 16:
             self.block_mask = window_block_mask(self.cfg.block_size, self.cfg.window, device)
         for module in [*self.model.layers, self.model.norm]:
             module.compile(**options)

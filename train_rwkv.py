@@ -658,8 +658,8 @@ class Model(nn.Module):
                     "weight_decay": cfg.weight_decay, "lr_scale": cfg.matrix_lr}
         w0 = {"params": [block.att.w0 for block in self.blocks],
               "weight_decay": 0.0, "lr_scale": 2 * cfg.vector_lr}
-        grouped = {id(p) for group in (embd, head, matrices, w0) for p in group["params"]}
-        others = {"params": [p for p in self.parameters() if id(p) not in grouped],
+        grouped = {p for group in (embd, head, matrices, w0) for p in group["params"]}
+        others = {"params": [p for p in self.parameters() if p not in grouped],
                   "weight_decay": 0.0, "lr_scale": cfg.vector_lr}
         muon = cfg.optimizer == "muon"
         adamw = torch.optim.AdamW(
