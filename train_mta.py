@@ -20,7 +20,7 @@ What to expect: with 880M parameters and 105B tokens the authors report a valida
 that of a plain Transformer, at a tenth of its speed; 0.02 of it come from mixing heads (tables 2, 5
 and 9). Computed as here, MTA is about twice as fast as their code on a CPU.
 In the small runs of the README (306 steps, one seed) the initialisation weighs as much as the
-architecture: MTA ends at 6.157, with its authors' initialisation (--init_std=0) at 5.980, and LLaMA
+architecture: MTA ends at 6.157, with its authors' initialisation (--init_std=0) at 5.941, and LLaMA
 at 5.832.
 
 Run it:
