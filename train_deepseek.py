@@ -19,7 +19,7 @@ a token uses 84,070,656; the block that only serves training has 8,212,864 more.
 What to expect: multi-token prediction costs 269 M of the 887 M FLOPs per token, in training only:
 logged losses, HellaSwag, samples and exports leave it out, and --mtp=false turns it off. The
 standard deviation of 0.006 was chosen for a width of 7,168 and learns slowly in small models and
-short runs: those of the README end at a validation loss of 5.38 with --init_std=0.02, and at 5.54
+short runs: those of the README end at a validation loss of 5.38 with --init_std=0.02, and at 5.52
 with 0.006. So also run --init_std=0.02 before you rank it. The log's maxvio is the load of the
 busiest expert in the worst layer, divided by the mean load, minus 1: 0 is ideal, 3 the worst. The
 bias needs hundreds of steps: with 0.02 maxvio averages 2.84, 2.12, 0.99 and 0.91 in tenths 1, 4, 7
