@@ -562,8 +562,11 @@ def sign_test(wins, losses):
     """Return the two-sided p-value of the sign test: the chance that a fair coin splits at least
     as unevenly."""
     n = wins + losses
-    splits = sum(math.comb(n, k) for k in range(min(wins, losses) + 1))
-    return min(1.0, 2 * splits / 2 ** n)
+    term = total = 1  # n choose 0
+    for k in range(min(wins, losses)):
+        term = term * (n - k) // (k + 1)  # n choose k + 1
+        total += term
+    return min(1.0, 2 * total / 2 ** n)
 
 
 def student(freedom):
