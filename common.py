@@ -29,6 +29,7 @@ from importlib.util import find_spec
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # imported later, by DDP, it would keep the process group for good
 import torch.nn.functional as F
 
 from fineweb import (GPT2_TOKENS, Parser, TokenSequence, boolean, explain, fail, missing_shards,
@@ -453,8 +454,7 @@ def row_losses(model, x, y, token_bytes):
     bytes of those that are text: <|endoftext|> stands for 0 bytes. x, y, token_bytes: of a
     ShardLoader.
 
-    Nats per byte / ln 2 are bits per byte (Gao et al. 2020, "The Pile", section 3.1), which compare
-    between vocabularies."""
+    Bits per byte (nats / ln 2 / bytes) compare between vocabularies (The Pile, section 3.1)."""
     targets = y.flatten()
     losses = token_losses(model, model.hidden(x).flatten(0, 1), targets)
     counts = targets >= 0

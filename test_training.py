@@ -958,6 +958,20 @@ def test_processes_and_micro_batches_do_not_change_the_result(arch, monkeypatch)
                 assert torch.equal(bias, other_weights[name])
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="threads are listed in Linux's /proc")
+def test_the_process_group_ends_with_the_run(tmp_path):
+    """Its threads must be gone before the interpreter is: one that still held a tensor aborted a finished run."""
+    shards("data")
+    script = tmp_path / "threads.py"
+    script.write_text(
+        f"import os, sys\nsys.path.insert(0, {ROOT!r})\nimport train_gpt2\ntrain_gpt2.main()\n"
+        "for thread in os.listdir('/proc/self/task'):\n"
+        "    print(open(f'/proc/self/task/{thread}/comm').read(), file=sys.stderr)\n")
+    result = shell(script, *quick("gpt2"), "--data_dir=data", "--hella_limit=0", "--max_steps=1", processes=2)
+    assert result.returncode == 0 and "python" in result.stderr, result.stderr
+    assert "gloo" not in result.stderr
+
+
 def test_two_machines_train_as_one():
     """Two agents of torchrun that meet over the network leave the log of two processes of one machine."""
     with contextlib.closing(socket.socket()) as s:
