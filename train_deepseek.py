@@ -95,7 +95,7 @@ class Config(RunConfig):
     vector_lr: float = 1.0  # the same for all other parameters
     bias_update_speed: float = 0.001  # gamma, change of a bias per step; 0 in the last 3%
     balance_loss_alpha: float = 0.0001  # weight of the sequence-wise balance loss
-    mtp_loss_weight: float = 0.3  # weight of the loss of multi-token prediction; 1/3 at the end
+    mtp_loss_weight: float = 0.3  # weight of the multi-token loss; a third of it in the last 32%
     # run: see RunConfig in common.py
     log_dir: str = f"log/{ARCH}"
     training_options = RunConfig.training_options | {
@@ -238,7 +238,7 @@ class Gate(nn.Module):
         with torch.no_grad():
             # the bias takes part in the choice alone (16)
             choice = (score + self.e_score_correction_bias).unflatten(-1, (cfg.n_group, -1))
-            # node-limited routing (section 2.1.2): the groups with the best two experts, summed
+            # node-limited routing (section 2.1.2): a group's score is the sum of its best two
             best_two, _ = topk(choice, 2)
             _, groups = topk(best_two.sum(-1), cfg.topk_group)
             outside = torch.ones_like(choice[..., 0], dtype=torch.bool).scatter(-1, groups, False)
@@ -325,7 +325,7 @@ class Experts(nn.Module):
         return (y * weight[..., None]).sum(1).to(dtype)
 
     def compute_all_experts(self, x, expert, weight):
-        """Return the same by computing every expert for every token: equation 12."""
+        """Return the same for every token from every expert: the routed sum of equation 12."""
         weight = weight.new_zeros(len(x), len(self.down_proj)).scatter(1, expert, weight)
         gate, up = torch.einsum("nc,ehc->neh", x, self.gate_up_proj).chunk(2, dim=-1)
         return torch.einsum("neh,ech,ne->nc", F.silu(gate) * up, self.down_proj, weight)
@@ -450,15 +450,15 @@ class Model(nn.Module):
             # the last position has no token after the next one
             mtp_loss = self.loss(ahead, F.pad(targets[:, 1:], (0, 1), value=-1))
             extra_loss = extra_loss + balance_loss + weight * mtp_loss
-        return None, loss + (extra_loss - extra_loss.detach())
+        return None, loss + (extra_loss - extra_loss.detach())  # adds only to the gradient
 
     def loss(self, hidden, targets):
         logits = self.lm_head(hidden).float()
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     def compile(self, **options):
-        """Compile block by block, and the loss: blocks of a kind share a graph, so that this takes
-        seconds, and DDP sums a block's gradients while those of the block before are computed."""
+        """Compile each block and the loss separately. One graph serves all blocks of a kind, which
+        takes seconds; DDP sums a block's gradients while those of the block before are computed."""
         parts = [*self.model.layers, self.model.norm]
         for module in parts if self.mtp is None else [*parts, self.mtp]:
             module.compile(**options)
@@ -485,7 +485,7 @@ class Model(nn.Module):
 
     def extra_logs(self):
         """Return maxvio of the last update: an expert's highest load / the mean load, minus 1. This
-        is called after each step, also one that float16 skips: its loads must not count later."""
+        is called after each step and clears the loads, which a step that float16 skips leaves."""
         for module in self.modules():
             if isinstance(module, Gate):
                 module.load.zero_()
@@ -520,8 +520,8 @@ class Model(nn.Module):
 
     def configure_optimizers(self, cfg, device_type):
         """Return a fused AdamW, with weight decay for matrices and the embedding but not for
-        norms; each of its steps ends with update_bias. With --optimizer=muon the matrices inside
-        the blocks go to Muon instead, but for the routers; each expert's by itself."""
+        norms; each of its steps ends with update_bias. With --optimizer=muon Muon updates the
+        matrices inside the blocks instead, except the routers, and those of each expert alone."""
         matrices = {"weight_decay": cfg.weight_decay, "lr_scale": cfg.matrix_lr}
         linear = {**matrices, "params": []}
         routers = {**matrices, "params": []}
@@ -548,7 +548,7 @@ class Model(nn.Module):
 
 
 def to_hf(model):
-    """Return the same weights as a transformers DeepseekV3ForCausalLM, which has no mtp."""
+    """Return a transformers DeepseekV3ForCausalLM with the same weights, without mtp."""
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
     cfg = model.cfg
     config = DeepseekV3Config(

@@ -141,7 +141,7 @@ def sliding_window_attention(q, k, v, window, block_mask=None):
 
     With a block_mask it uses flex_attention, which skips what lies outside the window, but needs a
     compiled model and, for gradients, CUDA. Otherwise it works on blocks of `window` queries, each
-    against its own keys and those of the block before: 2 window scores per query instead of T."""
+    against its own keys and those of the block before: 2 * window scores per query, not T."""
     B, _, T, _ = q.shape
     if block_mask is not None and torch.compiler.is_compiling():
         return flex_attention(q, k, v, block_mask=block_mask, enable_gqa=True)
@@ -158,7 +158,7 @@ def sliding_window_attention(q, k, v, window, block_mask=None):
         x = F.pad(x[:, :, start:], (0, 0, 0, (n + 1) * window - T))
         return x.unfold(2, size, window).permute(0, 2, 1, 4, 3).flatten(0, 1)
 
-    # within a block of queries and its 2 window keys, query i sees keys i + 1 to i + window
+    # within a block of queries and its 2 * window keys, query i sees keys i + 1 to i + window
     band = torch.ones(window, 2 * window, dtype=torch.bool, device=q.device)
     band = band.triu(1).tril(window)
     y = F.scaled_dot_product_attention(
@@ -247,9 +247,9 @@ class Model(nn.Module):
                 nn.init.normal_(p, std=0.02)
 
     def compile(self, **options):
-        """Compile block by block, and the loss: blocks of a kind share a graph, so that this takes
-        seconds, and DDP sums a block's gradients while those of the block before are computed.
-        On CUDA the blocks get the mask that flex_attention needs, which takes heads from 16 on."""
+        """Compile each block and the loss separately. One graph serves all blocks of a kind, which
+        takes seconds; DDP sums a block's gradients while those of the block before are computed.
+        On CUDA this also makes flex_attention's mask, unless head_dim is below its minimum, 16."""
         device = self.lm_head.weight.device
         if device.type == "cuda" and self.cfg.head_dim >= 16:
             self.block_mask = window_block_mask(self.cfg.block_size, self.cfg.window, device)
@@ -291,8 +291,8 @@ class Model(nn.Module):
 
     def flops_per_token(self):
         """Return the FLOPs of forward and backward pass: 6 N, and 12 d W per layer (PaLM paper,
-        appendix B). N counts the parameters in matrix products, with the output head; d is the
-        width of all heads, W how many positions the layer sees."""
+        appendix B). N counts all parameters, the tied embedding once, as the head; d is the width
+        of all heads together, W the number of positions that the layer sees."""
         cfg = self.cfg
         window = min(cfg.window, cfg.block_size)
         seen = sum(window if cfg.is_local(i) else cfg.block_size for i in range(cfg.n_layer))
@@ -315,7 +315,7 @@ class Model(nn.Module):
 
 
 def to_hf(model):
-    """Return the same weights as a transformers Gemma3ForCausalLM."""
+    """Return a transformers Gemma3ForCausalLM with the same weights."""
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
     cfg = model.cfg
     config = Gemma3TextConfig(

@@ -10,7 +10,7 @@ baseline to which the other scripts are compared.
 - The output projections of attention and MLP start smaller than the rest, by 1 / sqrt(number of
   residual layers), of which a block has two (section 2.3).
 It has 124,475,904 parameters, with the vocabulary padded from 50,257 to 50,304. There is no
-dropout, as each token is seen at most once.
+dropout, as the default run sees each token at most once.
 
 What to expect: OpenAI's GPT-2 124M, trained on other data, scores 0.2955 on HellaSwag as this
 script logs it. In the small runs of the README GPT-2 ends 0.24 above LLaMA in validation loss, most
@@ -125,7 +125,7 @@ class Model(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         cfg = with_published_shape(cfg)
-        self.cfg = replace(cfg, init_from="")  # a checkpoint of this model needs nothing else
+        self.cfg = replace(cfg, init_from="")  # so that a checkpoint does not load it again
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(cfg.vocab_size, cfg.n_embd),
             wpe=nn.Embedding(cfg.block_size, cfg.n_embd),
@@ -134,7 +134,7 @@ class Model(nn.Module):
         self.lm_head = nn.Linear(cfg.n_embd, cfg.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight
         for name, p in self.named_parameters():
-            if p.dim() == 2:  # for positions OpenAI's code has 0.01, Hugging Face's 0.02
+            if p.dim() == 2:  # OpenAI's positions start with a std of 0.01
                 residual = name.endswith("c_proj.weight")
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * cfg.n_layer) if residual else 0.02)
             elif name.endswith("bias"):
@@ -168,8 +168,8 @@ class Model(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     def compile(self, **options):
-        """Compile block by block, and the loss: all blocks share a graph, so that this takes
-        seconds, and DDP sums a block's gradients while those of the block before are computed."""
+        """Compile each block and the loss separately. One graph serves all blocks, so that this
+        takes seconds; DDP sums a block's gradients while those of the block before are computed."""
         for block in self.transformer.h:
             block.compile(**options)
         self.loss = torch.compile(self.loss, **options)
@@ -188,8 +188,8 @@ class Model(nn.Module):
 
     def configure_optimizers(self, cfg, device_type):
         """Return a fused AdamW, with weight decay for matrices and embeddings but not for biases
-        and norms. With --optimizer=muon the matrices inside the blocks go to Muon instead, and
-        those of queries, keys and values, which are stored as one, by themselves."""
+        and norms. With --optimizer=muon Muon updates the matrices inside the blocks instead, and
+        those of queries, keys and values, which are stored as one, separately."""
         embd = {"params": [self.transformer.wte.weight, self.transformer.wpe.weight],
                 "weight_decay": cfg.weight_decay, "lr_scale": cfg.embd_lr}
         matrices = {"weight_decay": cfg.weight_decay, "lr_scale": cfg.matrix_lr}
@@ -212,7 +212,7 @@ def with_published_shape(cfg):
     """Return cfg with the shape of the model that --init_from names, without padded vocabulary."""
     if not cfg.init_from:
         return cfg
-    with explain(f"--init_from={cfg.init_from}", Exception):  # of many types, as is to_hf's
+    with explain(f"--init_from={cfg.init_from}", Exception):  # transformers raises many types
         from transformers import AutoConfig
         hf = AutoConfig.from_pretrained(cfg.init_from)
         if hf.model_type != "gpt2":
@@ -263,7 +263,7 @@ def published_weights(name):
             name, output_loading_info=True, ignore_mismatched_sizes=True)
         for kind in "missing_keys", "unexpected_keys", "mismatched_keys":
             keys = [key if isinstance(key, str) else key[0] for key in info[kind]]
-            # an old file also holds the mask and the value that it stood for
+            # an old file also holds the causal mask and the score of masked positions
             keys = [key for key in keys if not key.endswith((".attn.bias", ".attn.masked_bias"))]
             if keys:
                 raise ValueError(f"{kind.replace('_', ' ')}: {', '.join(sorted(keys))}")
@@ -290,7 +290,7 @@ def hf_config(cfg):
 
 
 def to_hf(model):
-    """Return the same weights as a transformers GPT2LMHeadModel."""
+    """Return a transformers GPT2LMHeadModel with the same weights."""
     from transformers import GPT2LMHeadModel
     hf = GPT2LMHeadModel(hf_config(model.cfg))
     hf.load_state_dict(transpose_conv1d(model.state_dict()))

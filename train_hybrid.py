@@ -3,18 +3,18 @@ The laboratory: one transformer whose ingredients are options, from GPT-2's to L
 one can change an ingredient at a time and see what it is worth. Without options it is the model of
 train_llama.py, with the same log.
 - --pos: learned positions (GPT-2), rope (arXiv 2104.09864), or none (arXiv 2203.16634).
-- --norm: layernorm, or rmsnorm (arXiv 1910.07467). --bias: in linear layers and norms.
+- --norm: layernorm, or rmsnorm (arXiv 1910.07467). --bias: in linear layers and LayerNorm.
 - --mlp: gelu (GPT-2), swiglu or geglu (arXiv 2002.05202), or relu2, which is relu(x)^2 (Primer,
   arXiv 2109.08668).
 - --n_kv_head: key-value heads that the query heads share (arXiv 2305.13245).
 - --qk_norm: a norm of queries and keys, head by head, before they are rotated (as in Qwen3).
 - --window_pattern: S is a layer with a sliding window of --window positions, L one without; SL
   alternates them. The layers repeat the pattern.
-- --share: how many passes of the n_layer share the weights of attention and MLP; each pass has its
-  own norms. immediate: passes that follow each other share (MobileLLM, arXiv 2402.14905); cycle:
-  all blocks take turns (Universal Transformer, arXiv 1807.03819).
-- --rank: each projection is a product of two matrices of this rank. --embd_rank: so is the
-  embedding (ALBERT, arXiv 1909.11942), and the head, which shares it unless --tie=false.
+- --share: so many layers share the weights of attention and MLP; each has its own norms.
+  --share_order=immediate: layers that follow each other share (MobileLLM, arXiv 2402.14905); cycle:
+  the blocks take turns, as the only one of the Universal Transformer does (arXiv 1807.03819).
+- --rank: each projection is a product of two matrices of this rank. --embd_rank: so are the
+  embedding (ALBERT, arXiv 1909.11942) and the head, which share the larger one unless --tie=false.
 - --zero_init: what is added to the residual stream starts at zero.
 To compare fairly, keep the number of parameters: at the default size the MLP is 3,072 wide (gelu,
 relu2) or 2,048 (swiglu, geglu), and with 3 key-value heads 3,648 or 2,432.
@@ -68,7 +68,7 @@ class Config(RunConfig):
     qk_norm: str = "none"  # norm of queries and keys: none, rmsnorm or layernorm
     window_pattern: str = "L"  # layers with (S) and without a window (L), repeated
     window: int = 256  # positions that a query sees in a layer S, its own included
-    share: int = 1  # passes that share their weights, but for the norms
+    share: int = 1  # layers that share their weights, but not their norms
     share_order: str = "immediate"  # which ones: immediate (neighbours) or cycle
     rank: int = 0  # rank of the projections; 0: full
     embd_rank: int = 0  # rank of the embedding and the head; 0: full
@@ -110,7 +110,7 @@ class Config(RunConfig):
         if self.n_layer % self.share:
             raise ValueError(f"--n_layer={self.n_layer} is not a multiple of --share={self.share}")
         if self.share == 1 and self.share_order == "cycle":
-            raise ValueError("--share_order=cycle needs --share=2 or more: now no passes share")
+            raise ValueError("--share_order=cycle needs --share=2 or more: now no layers share")
         if self.pos != "rope" and self.rope_theta != Config.rope_theta:
             raise ValueError(f"--rope_theta={self.rope_theta} needs --pos=rope")
         if max(self.rank, self.embd_rank) > self.n_embd:
@@ -187,7 +187,7 @@ def sliding_window_attention(q, k, v, window, block_mask=None):
 
     With a block_mask it uses flex_attention, which skips what lies outside the window, but needs a
     compiled model and, for gradients, CUDA. Otherwise it works on blocks of `window` queries, each
-    against its own keys and those of the block before: 2 window scores per query instead of T."""
+    against its own keys and those of the block before: 2 * window scores per query, not T."""
     B, _, T, _ = q.shape
     if block_mask is not None and torch.compiler.is_compiling():
         return flex_attention(q, k, v, block_mask=block_mask, enable_gqa=True)
@@ -204,7 +204,7 @@ def sliding_window_attention(q, k, v, window, block_mask=None):
         x = F.pad(x[:, :, start:], (0, 0, 0, (n + 1) * window - T))
         return x.unfold(2, size, window).permute(0, 2, 1, 4, 3).flatten(0, 1)
 
-    # within a block of queries and its 2 window keys, query i sees keys i + 1 to i + window
+    # within a block of queries and its 2 * window keys, query i sees keys i + 1 to i + window
     band = torch.ones(window, 2 * window, dtype=torch.bool, device=q.device)
     band = band.triu(1).tril(window)
     y = F.scaled_dot_product_attention(
@@ -303,8 +303,8 @@ class Model(nn.Module):
             self.model["embed_positions"] = nn.Embedding(cfg.block_size, cfg.n_embd)
         layers = nn.ModuleList()
         for layer in range(cfg.n_layer):
-            neighbours = cfg.share_order == "immediate"
-            first = layer - layer % cfg.share if neighbours else layer % (cfg.n_layer // cfg.share)
+            n_own = cfg.n_layer // cfg.share  # number of blocks with weights of their own
+            first = layer % n_own if cfg.share_order == "cycle" else layer // cfg.share * cfg.share
             layers.append(Block(cfg, layer, layers[first] if first < layer else None))
         self.model["layers"] = layers
         self.model["norm"] = Norm(cfg.norm, cfg.n_embd, cfg)
@@ -324,11 +324,11 @@ class Model(nn.Module):
                 nn.init.zeros_(p)
 
     def initial_std(self, name):
-        """Return the standard deviation with which a matrix starts: GPT-2's, or, in a product of
-        two matrices, what gives the product GPT-2's."""
+        """Return the standard deviation with which a matrix starts: GPT-2's. The two factors of a
+        product start so that their product has it."""
         cfg, std = self.cfg, 0.02
         if ".o_proj." in name or ".down_proj." in name:
-            if cfg.zero_init and not name.endswith(".0.weight"):  # else no factor would learn
+            if cfg.zero_init and not name.endswith(".0.weight"):  # two zero factors never learn
                 return 0.0
             std = 0.02 / math.sqrt(2 * cfg.n_layer)
         if name.endswith((".0.weight", ".1.weight")):
@@ -338,10 +338,9 @@ class Model(nn.Module):
         return std
 
     def compile(self, **options):
-        """Compile block by block, and the loss: blocks of one kind share a graph, so that this
-        takes seconds, and DDP sums a block's gradients while those of the block before are
-        computed. On CUDA the blocks get the mask that flex_attention needs, which takes heads from
-        16 on."""
+        """Compile each block and the loss separately. One graph serves all blocks of a kind, which
+        takes seconds; DDP sums a block's gradients while those of the block before are computed.
+        On CUDA this also makes flex_attention's mask, unless head_dim is below its minimum, 16."""
         device = self.lm_head.weight.device
         if device.type == "cuda" and self.cfg.head_dim >= 16 and "S" in self.cfg.layer_kinds:
             self.block_mask = window_block_mask(self.cfg.block_size, self.cfg.window, device)

@@ -12,11 +12,11 @@ It is the 8B model at the size of GPT-2 124M, with its embedding tied as in LLaM
 in long contexts (section 3.2); here attention crosses them, as in all scripts. The report's
 learning rate, 8e-5 for 405B, falls to 1% of its peak; here all scripts share one.
 
-What to expect: at a context of 1,024 LLaMA 3, Phi-4 and Mistral compute the same function, except
-for the base of the rotary wavelengths and Mistral's window, and with the same seed they start from
-the same weights. Expect differences no larger than those between two seeds, which are up to 0.11 in
-validation loss in the small runs of the README. A gap of less than a point of HellaSwag is noise
-until several seeds confirm it.
+What to expect: LLaMA 3, Phi-4 and Mistral compute the same function, except for the base of the
+rotary wavelengths and Mistral's window, and with the same seed they start from the same weights.
+Expect differences no larger than those between two seeds, which are up to 0.11 in validation loss
+in the small runs of the README. A gap of less than a point of HellaSwag is noise until several
+seeds confirm it.
 
 Run it:
   python train_llama.py --tiny                # a small model on built-in text, minutes on a CPU
@@ -213,8 +213,8 @@ class Model(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     def compile(self, **options):
-        """Compile block by block, and the loss: all blocks share a graph, so that this takes
-        seconds, and DDP sums a block's gradients while those of the block before are computed."""
+        """Compile each block and the loss separately. One graph serves all blocks, so that this
+        takes seconds; DDP sums a block's gradients while those of the block before are computed."""
         for module in [*self.model.layers, self.model.norm]:
             module.compile(**options)
         self.loss = torch.compile(self.loss, **options)
@@ -226,7 +226,7 @@ class Model(nn.Module):
 
     def flops_per_token(self):
         """Return the FLOPs of forward and backward pass: 6 N + 12 L d T (PaLM paper, appendix B),
-        for N parameters in matrix products (with the output head), L layers of width d, and T
+        for N parameters (the tied embedding counts once, as the head), L layers of width d, and T
         positions."""
         cfg = self.cfg
         return 6 * self.num_params()["total"] + 12 * cfg.n_layer * cfg.n_embd * cfg.block_size
@@ -248,7 +248,7 @@ class Model(nn.Module):
 
 
 def to_hf(model):
-    """Return the same weights as a transformers LlamaForCausalLM."""
+    """Return a transformers LlamaForCausalLM with the same weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
     cfg = model.cfg
     config = LlamaConfig(

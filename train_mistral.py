@@ -2,8 +2,8 @@
 Mistral 7B (Jiang et al. 2023, arXiv 2310.06825) at the size of GPT-2 124M. It differs from LLaMA 3
 in two points:
 - Attention has a sliding window in every layer: a position sees itself and the window - 1 positions
-  before it (section 2). What is older reaches it through the layers below, from up to n_layer *
-  (window - 1) positions back.
+  before it, as in Mistral's code; section 2 of the paper has one position more. What is older
+  reaches it through the layers below, from up to n_layer * (window - 1) positions back.
 - The base of the rotary wavelengths, theta, is 10,000.
 RMSNorm, rotary positions, four query heads per key-value head, SwiGLU and the lack of biases are as
 in LLaMA. The 7B model has a window of 4,096 in a context of 8,192. Here it is 256 in 1,024, a
@@ -139,7 +139,7 @@ def sliding_window_attention(q, k, v, window, block_mask=None):
 
     With a block_mask it uses flex_attention, which skips what lies outside the window, but needs a
     compiled model and, for gradients, CUDA. Otherwise it works on blocks of `window` queries, each
-    against its own keys and those of the block before: 2 window scores per query instead of T."""
+    against its own keys and those of the block before: 2 * window scores per query, not T."""
     B, _, T, _ = q.shape
     if block_mask is not None and torch.compiler.is_compiling():
         return flex_attention(q, k, v, block_mask=block_mask, enable_gqa=True)
@@ -156,7 +156,7 @@ def sliding_window_attention(q, k, v, window, block_mask=None):
         x = F.pad(x[:, :, start:], (0, 0, 0, (n + 1) * window - T))
         return x.unfold(2, size, window).permute(0, 2, 1, 4, 3).flatten(0, 1)
 
-    # within a block of queries and its 2 window keys, query i sees keys i + 1 to i + window
+    # within a block of queries and its 2 * window keys, query i sees keys i + 1 to i + window
     band = torch.ones(window, 2 * window, dtype=torch.bool, device=q.device)
     band = band.triu(1).tril(window)
     y = F.scaled_dot_product_attention(
@@ -232,9 +232,9 @@ class Model(nn.Module):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * cfg.n_layer) if residual else 0.02)
 
     def compile(self, **options):
-        """Compile block by block, and the loss: all blocks share a graph, so that this takes
-        seconds, and DDP sums a block's gradients while those of the block before are computed.
-        On CUDA the blocks get the mask that flex_attention needs, which takes heads from 16 on."""
+        """Compile each block and the loss separately. One graph serves all blocks, so that this
+        takes seconds; DDP sums a block's gradients while those of the block before are computed.
+        On CUDA this also makes flex_attention's mask, unless head_dim is below its minimum, 16."""
         device = self.lm_head.weight.device
         if device.type == "cuda" and self.cfg.head_dim >= 16:
             self.block_mask = window_block_mask(self.cfg.block_size, self.cfg.window, device)
@@ -275,7 +275,7 @@ class Model(nn.Module):
 
     def flops_per_token(self):
         """Return the FLOPs of forward and backward pass: 6 N + 12 L d W (PaLM paper, appendix B). N
-        counts the parameters in matrix products, with the output head; W is the window."""
+        counts all parameters, the tied embedding once, as the head; W is the window."""
         cfg = self.cfg
         window = min(cfg.window, cfg.block_size)
         return 6 * self.num_params()["total"] + 12 * cfg.n_layer * cfg.n_embd * window
@@ -297,7 +297,7 @@ class Model(nn.Module):
 
 
 def to_hf(model):
-    """Return the same weights as a transformers MistralForCausalLM."""
+    """Return a transformers MistralForCausalLM with the same weights."""
     from transformers import MistralConfig, MistralForCausalLM
     cfg = model.cfg
     config = MistralConfig(

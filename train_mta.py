@@ -365,8 +365,8 @@ class Model(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     def compile(self, **options):
-        """Compile block by block, and the loss: all blocks share a graph, so that this takes
-        seconds, and DDP sums a block's gradients while those of the block before are computed."""
+        """Compile each block and the loss separately. One graph serves all blocks, so that this
+        takes seconds; DDP sums a block's gradients while those of the block before are computed."""
         for module in [*self.model.layers, self.model.norm]:
             module.compile(**options)
         self.loss = torch.compile(self.loss, **options)
@@ -378,7 +378,7 @@ class Model(nn.Module):
 
     def flops_per_token(self):
         """Return the FLOPs of forward and backward pass: 6 N + 12 L d T (PaLM paper, appendix B),
-        for N parameters in matrix products (with the output head), L layers of width d, and T
+        for N parameters (the tied embedding counts once, as the head), L layers of width d, and T
         positions, and 6 K T for the K weights of kernels and mixing matrices, each of which meets
         every score."""
         cfg = self.cfg

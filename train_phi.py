@@ -11,10 +11,9 @@ in LLaMA. The embedding is tied as in Phi-4-mini, unlike the 14B model's. The re
 falls linearly from 3e-4; here all scripts share one. The model has 123,587,328 parameters.
 
 What to expect: LLaMA's results. With the same seed both start from the same weights, and the fused
-matrices change the speed, not the result, as long as the optimizer is AdamW; Muon treats a fused
-matrix as one and makes other updates. What made the published Phi-4 strong is its data, which this
-project does not use. A gap to LLaMA or Mistral of less than a point of HellaSwag is noise until
-several seeds confirm it.
+matrices change the speed, not the result: Muon, too, updates each part of a fused matrix by itself.
+What made the published Phi-4 strong is its data, which this project does not use. A gap to LLaMA or
+Mistral of less than a point of HellaSwag is noise until several seeds confirm it.
 
 Run it:
   python train_phi.py --tiny                # a small model on built-in text, minutes on a CPU
@@ -216,8 +215,8 @@ class Model(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     def compile(self, **options):
-        """Compile block by block, and the loss: all blocks share a graph, so that this takes
-        seconds, and DDP sums a block's gradients while those of the block before are computed."""
+        """Compile each block and the loss separately. One graph serves all blocks, so that this
+        takes seconds; DDP sums a block's gradients while those of the block before are computed."""
         for module in [*self.model.layers, self.model.norm]:
             module.compile(**options)
         self.loss = torch.compile(self.loss, **options)
@@ -229,15 +228,15 @@ class Model(nn.Module):
 
     def flops_per_token(self):
         """Return the FLOPs of forward and backward pass: 6 N + 12 L d T (PaLM paper, appendix B),
-        for N parameters in matrix products (with the output head), L layers of width d, and T
+        for N parameters (the tied embedding counts once, as the head), L layers of width d, and T
         positions."""
         cfg = self.cfg
         return 6 * self.num_params()["total"] + 12 * cfg.n_layer * cfg.n_embd * cfg.block_size
 
     def configure_optimizers(self, cfg, device_type):
         """Return a fused AdamW, with weight decay for matrices and the embedding but not for norms.
-        With --optimizer=muon the matrices inside the blocks go to Muon instead, those that are
-        stored as one by themselves."""
+        With --optimizer=muon Muon updates the matrices inside the blocks instead, and each part of
+        a fused matrix by itself."""
         embd = {"params": [self.model.embed_tokens.weight],
                 "weight_decay": cfg.weight_decay, "lr_scale": cfg.embd_lr}
         matrices = {"weight_decay": cfg.weight_decay, "lr_scale": cfg.matrix_lr}
@@ -260,7 +259,7 @@ class Model(nn.Module):
 
 
 def to_hf(model):
-    """Return the same weights as a transformers Phi3ForCausalLM, its class for Phi-4, too."""
+    """Return a transformers Phi3ForCausalLM, its class for Phi-4, too, with the same weights."""
     from transformers import Phi3Config, Phi3ForCausalLM
     cfg = model.cfg
     config = Phi3Config(

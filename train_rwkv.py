@@ -17,7 +17,7 @@ It has 122,606,080 parameters in 11 layers of width 640.
 What to expect: it leads the small runs of the README, 0.2 ahead of Gemma 3 in validation loss, and
 takes 1.5 times as long as GPT-2 there. It has no context limit: --sample takes prompts of any
 length and reads each token once, with a state of constant size. --export writes model.pth for RWKV
-runners, with GPT-2's vocabulary. On NVIDIA's GPUs from Ampere on, bf16 and float16 runs use a
+runners, with the run's tokenizer. On NVIDIA's GPUs from Ampere on, bf16 and float16 runs use a
 Triton kernel for the time mix, which has not run on a GPU yet. Elsewhere plain PyTorch computes it,
 whose memory traffic limits the speed; --recompute saves memory there and costs time.
 
@@ -51,7 +51,7 @@ try:
     import triton.language as tl
     from triton import jit
     from triton.language import constexpr
-except ImportError:  # only PyTorch for NVIDIA's GPUs brings it along
+except ImportError:  # PyTorch's builds for CPUs and for Windows come without Triton
     triton = constexpr = None
 
     def jit(kernel):
@@ -99,7 +99,7 @@ class Config(RunConfig):
             raise ValueError(f"--chunk_size={self.chunk_size} must be 8, 16, 32, 64 or 128")
 
     def rank(self, factor):
-        """Return the rank of a low-rank matrix: factor x sqrt(n_embd), to a multiple of 32."""
+        """Return the rank of a low-rank matrix: factor x sqrt(n_embd) in multiples of 32, not 0."""
         return max(32, round(factor * self.n_embd ** 0.5 / 32) * 32)
 
 
@@ -108,7 +108,7 @@ TINY = dict(block_size=64, n_layer=3, n_embd=128, head_dim=32, ffn_dim=512,
 
 
 def shift(x, last):
-    """Return each token's predecessor: x (B, T, C), the one before x (B, C) -> (B, T, C)."""
+    """Return each token's predecessor: x (B, T, C), last (B, C), the one before x -> (B, T, C)."""
     return torch.cat([last.unsqueeze(1).type_as(x), x[:, :-1]], dim=1)
 
 
@@ -210,7 +210,7 @@ def wkv(r, log_w, k, v, a, b, state, chunk):
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret
 CHUNK = 16  # tokens per chunk of the kernels
 # With at most 168 registers per thread, three programs share a multiprocessor: those of the default
-# batch run all at once. This was chosen from the compiler's reports, not by timing.
+# batch run all at once on an A100 or H100. This was chosen from compiler reports, not by timing.
 LAUNCH = dict(num_warps=4, num_stages=1, maxnreg=168)
 
 
@@ -221,7 +221,7 @@ def load(tensor, places, mask):
 
 @jit
 def product(x, y, DTYPE: constexpr):
-    """Return x y: rounded to DTYPE, float32 to TF32, and summed in float32."""
+    """Return x y, summed in float32; the factors are rounded to DTYPE, float32 to TF32."""
     return tl.dot(x.to(DTYPE), y.to(DTYPE), input_precision="tf32")
 
 
@@ -262,7 +262,7 @@ def wkv_forward_kernel(r_ptr, log_w_ptr, k_ptr, v_ptr, a_ptr, b_ptr, state_ptr, 
         # (2): invert blocks of 2 x 2, then merge neighbours to blocks of 4, 8 and 16
         X = tl.where(i == t, 1.0, tl.where(i // 2 == t // 2, ab, 0.0))
         for p in tl.static_range(1, 4):
-            corner = tl.where((i >> p != t >> p) & (i >> p + 1 == t >> p + 1), ab, 0.0)
+            corner = tl.where((i >> p != t >> p) & (i >> (p + 1) == t >> (p + 1)), ab, 0.0)
             X += product(product(X, corner, DTYPE), X, DTYPE)
         U = product(product(S, A, DTYPE) + product(v, ak, DTYPE), X, DTYPE)  # (3)
         y = product(S, R, DTYPE) + product(U, br, DTYPE) + product(v, kr, DTYPE)  # (4)
@@ -351,7 +351,7 @@ def backward_outputs(inputs):
     return [torch.empty_like(x) for x in (*vectors, dend)]
 
 
-# as operators, of which torch.compile only needs to know the shapes of what they return
+# custom operators: torch.compile needs only the shapes of what they return
 @torch.library.custom_op("nanotitan::wkv_forward", mutates_args=())
 def wkv_forward(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
     outputs = forward_outputs(inputs)
@@ -429,7 +429,7 @@ def has_kernel(device, dtype, N):
 def wkv_by_device(r, log_w, k, v, a, b, state, dtype, chunk):
     """Return y (B, T, H, N) and the state after T tokens, by the kernel or by wkv. r, log_w, k, v,
     a, b: float32 (B, T, H, N). dtype: the type of the run. In a 16-bit run the kernel reads and
-    writes bfloat16, except for log_w: k e^-g would overflow float16."""
+    writes bfloat16, because k e^-g would overflow float16; log_w stays float32."""
     if has_kernel(r.device, dtype, r.size(-1)):
         kernel_dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16
         r, k, v, a, b = (x.to(kernel_dtype) for x in (r, k, v, a, b))
@@ -602,7 +602,7 @@ class Model(nn.Module):
         return self.ln_out(x)
 
     def lm_head(self, hidden):
-        return self.head(hidden)
+        return self.head(hidden)  # common.py calls the head by this name
 
     def loss(self, hidden, targets):
         """Return the cross-entropy. In training its gradient also pulls the largest logit of
@@ -612,7 +612,7 @@ class Model(nn.Module):
         if not self.training:
             return loss
         pull = 0.5e-4 * logits.amax(-1).square().mean()
-        return loss + (pull - pull.detach())
+        return loss + (pull - pull.detach())  # adds only to the gradient
 
     def forward(self, idx, targets=None):
         """Return (logits, None), or (None, loss) if there are targets.
@@ -625,8 +625,8 @@ class Model(nn.Module):
         return None, self.loss(hidden, targets)
 
     def compile(self, **options):
-        """Compile block by block, and the loss: all blocks but the first share a graph, so that
-        this takes seconds, and DDP sums a block's gradients while those of the block before are
+        """Compile each block and the loss separately. One graph serves all blocks but the first,
+        which takes seconds; DDP sums a block's gradients while those of the block before are
         computed."""
         for block in self.blocks:
             block.compile(**options)
