@@ -70,8 +70,8 @@ class RunConfig:
     seed: int = 1337  # seed of the initialisation and of text samples
     eval_interval: int = 250  # steps between evaluations (validation loss, HellaSwag); 0: never
     val_tokens: int = 2621440  # tokens to evaluate on, from the start of the validation shard
-    val_bytes: int = 0  # if not 0, evaluate on so many bytes instead: text that vocabularies share
-    val_full_tokens: int = 10485760  # the same after the last step, as stream val_full; 0: none
+    val_bytes: int = 0  # if not 0, evaluate on so many bytes instead, to compare vocabularies
+    val_full_tokens: int = 10485760  # tokens to evaluate on after the last step (val_full); 0: none
     hella_limit: int = 10042  # number of HellaSwag items to score; 0: none
     checkpoint_interval: int = 1000  # steps between checkpoints; 0: only at the end
     keep_checkpoints: int = 0  # keep only the newest N checkpoints; 0: all
@@ -177,9 +177,9 @@ def parse_args(Config, tiny):
     if given.get("tiny"):
         defaults |= {**TINY_TRAINING, **tiny}
         torch.set_num_threads(1)  # more threads gain nothing, and lose much on busy cores
-    data_dir = given.get("data_dir", defaults["data_dir"])
+    data_dir = given.get("data_dir", defaults["data_dir"])  # --tiny writes its own later
     trains = mode.sample is None and mode.export is None  # a checkpoint has its own vocabulary
-    if trains and data_dir != TINY_TRAINING["data_dir"]:  # that is yet to be written
+    if trains and not (given.get("tiny") and data_dir == TINY_TRAINING["data_dir"]):
         defaults["vocab_size"] = padded_size(vocab_of(data_dir))
     numbers = {name: getattr(mode, name) for name in ("bench", "max_new_tokens", "temperature")}
     for name, value in {**given, **numbers}.items():
@@ -268,7 +268,7 @@ def init_world(device, dtype, seed):
         # torch 2.13 has another name for this option of DDP, which 2.11 does not know
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         with explain(launch, ValueError, RuntimeError):
-            store, _, _ = next(dist.rendezvous("env://"))  # through it the processes find another
+            store, _, _ = next(dist.rendezvous("env://"))  # where the processes find each other
             if os.environ.get("LOCAL_WORLD_SIZE") == str(size):
                 # after a restart by torchrun it still has old addresses (PyTorch's issue 135712)
                 store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)

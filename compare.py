@@ -117,13 +117,13 @@ class Result:
     @cached_property
     def parts(self):
         """The training as a list of (first step, step after the last, config), one for each start
-        of which updates remain: a start ends where a later one goes on, or goes back to."""
+        of which updates remain: the part of a start ends at the step where a later one resumes."""
         parts, end = [], self.steps
         for start in reversed(self.info["starts"]):
             if start["step"] < end:
                 parts.insert(0, (start["step"], end, start["config"]))
                 end = start["step"]
-        if parts:  # a checkpoint from elsewhere had as many tokens in a step, or it is not resumed
+        if parts:  # steps before the first known start had as many tokens: resuming demands it
             parts[0] = (0, *parts[0][1:])
         return parts
 
@@ -223,9 +223,9 @@ def read_scores(path):
         losses, tokens, n_bytes, labels = (
             saved[name] for name in ("losses", "tokens", "bytes", "labels"))
         is_whole = losses.shape == tokens.shape == n_bytes.shape == (len(labels), 4)
-        # without items there is no minimum, which is an error, too
-        counts_from_1 = min(tokens.min(), n_bytes.min(), labels.min() + 1) >= 1
-        if not is_whole or not counts_from_1 or losses.dtype.kind != "f":
+        # the minimum of an empty array is an error, too
+        in_range = tokens.min() > 0 and n_bytes.min() > 0 and labels.min() >= 0
+        if not is_whole or not in_range or losses.dtype.kind != "f":
             raise ValueError
         return item_scores(losses, tokens, n_bytes, labels) | {"bytes": n_bytes}
     except Exception:  # np.load raises many kinds of error
@@ -419,7 +419,7 @@ class Reference:
 
 
 def cluster(results):
-    """Return the groups of the results, best first. No seed that diverged is among others."""
+    """Return the groups of the results, best first. Runs that diverged get groups of their own."""
     clusters = defaultdict(list)
     for result in results:
         key = (result.info["arch"], result.finished, result.diverged, tuple(result.changes),

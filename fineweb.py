@@ -185,7 +185,7 @@ def open_shard(path):
     Raise ValueError if the file is not a whole shard, and OSError if it cannot be read."""
     header = np.fromfile(path, dtype=np.int32, count=HEADER_BYTES // 4)
     if header.nbytes < HEADER_BYTES or header[0] != MAGIC or header[1] != VERSION:
-        raise ValueError(f"not a GPT-2 token shard (it does not start with {MAGIC}, {VERSION})")
+        raise ValueError(f"not a token shard (it does not start with {MAGIC}, {VERSION})")
     count, size = int(header[2]), os.path.getsize(path)
     if count < 1 or size != HEADER_BYTES + 2 * count:
         raise ValueError(f"damaged: its header says {count} tokens, but it has {size} bytes")
@@ -221,11 +221,10 @@ class TokenSequence:
             filled += len(piece)
         return tokens
 
-
     def first_bytes(self, n, tokenizer):
-        """Return how many targets the first n bytes of the text take, and these bytes; all there
-        are, if that is less. The first token is no target, but there is at least one."""
-        # a document has a token more than it has bytes at most, <|endoftext|>
+        """Return (number of targets, text) of the first n bytes, or of all if there are fewer. The
+        first token is not a target, but at least one target is counted."""
+        # a document of b bytes has at most b + 1 tokens, so n bytes have at most 2 n
         ids = self.read(0, min(2 * n, len(self)))
         ends = token_lengths(tokenizer)[ids].cumsum()
         text = tokenizer.decode_bytes(ids[ids != tokenizer.eot_token].tolist())

@@ -182,10 +182,10 @@ def item_scores(losses, lengths, n_bytes, labels):
     def of_right(numbers):
         return numbers[np.arange(len(labels)), labels].astype(float)
 
-    bits, lengths = of_right(losses) / math.log(2), of_right(n_bytes)
-    bpb = bits.sum() / lengths.sum()
-    # the error of this ratio's mean is that of the ratio (delta method)
-    scores["bpb"] = bpb + (bits - bpb * lengths) / lengths.mean()
+    bits, right_bytes = of_right(losses) / math.log(2), of_right(n_bytes)
+    bpb = bits.sum() / right_bytes.sum()
+    # one number for each item: their mean is bpb, their spread gives its error (delta method)
+    scores["bpb"] = bpb + (bits - bpb * right_bytes) / right_bytes.mean()
     per_byte = losses / n_bytes
     right = of_right(per_byte)
     scores["gap"] = (per_byte.sum(1) - right) / 3 - right
@@ -202,15 +202,15 @@ class HellaSwag:
 
     def __init__(self, items, tokenizer, block_size, batch_tokens, world, compile=False,
                  style="completion"):
-        """batch_tokens: tokens in a forward pass. Too long a row loses the start of its context,
-        and then that of its ending, whose bytes count all the same."""
+        """batch_tokens: tokens in a forward pass. A row longer than block_size is cut at its
+        start, first in the context, then in the ending, whose bytes still count in full."""
         self.labels = np.array([item["label"] for item in items])
         self.world = world
         rows = []  # row 4 i + j is ending j of item i
         for item in items:
             for row in STYLES[style].render(item, tokenizer.encode_ordinary):
                 ids = row.ids[-block_size:]
-                # nothing precedes the first token, from which it could be predicted
+                # the first token is not scored: no token precedes it, to predict it from
                 rows.append(row._replace(ids=ids, n_ending=min(row.n_ending, len(ids) - 1)))
 
         def of_endings(numbers):  # int32 (items, 4)
@@ -272,8 +272,8 @@ class HellaSwag:
 
 
 def load_hellaswag(cfg, world, tokenizer):
-    """Return the scorer of a run; None if the run scores no items, or if the default file can
-    neither be found nor downloaded, which is said once. Any other file must be there."""
+    """Return the scorer of a run; None if it scores no items, has no tokenizer or a context of 1,
+    or if the default file is neither there nor to be downloaded. Any other file must exist."""
     def download_or_say_why():
         try:
             download()
@@ -408,7 +408,7 @@ def main():
     if args.save is not None and (args.style != "completion" or not args.save.endswith(".npz")):
         parser.error("--save needs --style=completion, and a name that ends in .npz")
     if min(args.hella_limit, args.batch_size) < 1:
-        parser.error("--hella_limit and --batch_size are at least 1")
+        parser.error("--hella_limit and --batch_size must be at least 1")
     if args.save:  # scoring may take hours: say first what would be said after it
         folder = os.path.dirname(args.save) or "."
         with explain(f"--save={args.save}", OSError):

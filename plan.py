@@ -8,8 +8,8 @@ Plan a run before it runs: its size, data, loss, time and memory. It trains noth
 The predicted loss comes from laws of the form E + A / N^a + B / D^b, for N parameters and D tokens.
 They were fitted to other text in other vocabularies: their differences carry over, their values do
 not. For GPT-2 of 124M they give about 3.04 on FineWeb, where llm.c measured 3.27. So the prediction
-is also shown shifted by what the laws miss at a run that is finished: the nearest in log/ with the
-same vocabulary, or llm.c's, if its N D is within a factor of 100. Both are estimates.
+is also shown shifted by the error of the laws at a finished run: the run in log/, or llm.c's, that
+has the same vocabulary and the nearest N D, if within a factor of 100. Both are estimates.
 """
 import importlib
 import math
@@ -78,25 +78,25 @@ def results(log):
 
 
 def reference(cfg, N, D, log):
-    """Return the finished run with the same vocabulary whose N D is nearest, as LLMC, or None if
-    there is none within a factor of 100."""
+    """Return the finished run with the same vocabulary whose N D is nearest, as a dict like LLMC;
+    None if none is within a factor of 100: the error of the laws at another scale says nothing."""
     vocab = digest(vocab_of(cfg.data_dir))
     known = [LLMC] if cfg.vocab_size in (50257, 50304) and not vocab else []
     for result in results(log):
-        info = result.info
-        same_vocab = (result.config["vocab_size"] == cfg.vocab_size
-                      and (info["vocab"] or {"sha256": ""})["sha256"] == vocab)
+        config, params = result.config, result.info["params"]
+        sha256 = result.info["vocab"]["sha256"] if result.info["vocab"] else ""
+        same_vocab = config["vocab_size"] == cfg.vocab_size and sha256 == vocab
         losses = result.curves["val_full"] or result.curves["val"]
-        trained = result.finished and not result.diverged and result.steps > 0
-        if trained and losses and same_vocab:
+        if result.finished and not result.diverged and result.steps and losses and same_vocab:
+            untied = result.info["arch"] == "rwkv" or not config.get("tie", True)
+            one_matrix = (params["total"] - params["non_embedding"]) // 2 if untied else 0
             known.append({"where": os.path.relpath(result.folder), "loss": losses[max(losses)],
-                          "N": info["params"]["total"], "D": result.tokens(result.steps)})
+                          "N": params["total"] - one_matrix, "D": result.tokens(result.steps)})
 
     def distance(run):
         return abs(math.log(run["N"] * run["D"] / (N * D)))
 
     nearest = min(known, key=distance, default=None)
-    # what the laws miss at another scale, as in a trial of few steps, says nothing here
     return nearest if nearest and distance(nearest) < math.log(100) else None
 
 
@@ -112,8 +112,8 @@ def count_parts(model):
 
 
 def best_vocab_size(n_other, width):
-    """Return the compute-optimal number of tokens for a model of a width with n_other parameters
-    outside embedding and head: their parameters grow as n_other^0.83 (arXiv 2407.13623)."""
+    """Return the compute-optimal size of the vocabulary for a model of this width. The parameters
+    of embedding and head grow as n_other^0.83, n_other being all the rest (arXiv 2407.13623)."""
     return 1.57e6 * (n_other / 19.7e6) ** 0.83 / width
 
 
@@ -143,14 +143,14 @@ def make_plan(arch, options, args):
             "flops": model.flops_per_token(), "tokens": cfg.max_steps * cfg.total_batch_size,
             "warnings": []}
     warn = plan["warnings"].append
-    # tied, the embedding is the head; untied, the laws count the head alone
+    # where embedding and head are two matrices, the laws count one
     N = params["total"] - (parts["embedding"] if "head" in parts else 0)
     plan["unique"] = math.inf
     if os.path.isdir(cfg.data_dir):
         plan["unique"] = len(open_shards(cfg.data_dir, "train", cfg.vocab_size))
     epochs = plan["tokens"] / plan["unique"]
     if epochs > 4:
-        warn(f"{epochs:.1f} epochs: after 4 repeated tokens are worth ever less")
+        warn(f"{epochs:.1f} epochs: beyond 4, repeated tokens are worth ever less")
     plan["losses"] = predicted(N, plan["tokens"], plan["unique"])
     plan["reference"] = reference(cfg, N, plan["tokens"], args.log)
     if run := plan["reference"]:
@@ -173,7 +173,7 @@ def plan_time(plan, cfg, args):
     count, _, gpu = args.gpus.partition("x")
     peaks = PEAK_FLOPS | NO_BFLOAT16
     if not count.isdecimal() or int(count) < 1 or gpu not in peaks:
-        fail(f"--gpus={args.gpus} must be a number, x, and one of {', '.join(peaks)}: 8xA100")
+        fail(f"--gpus={args.gpus} must look like 8xA100, with one of the GPUs {', '.join(peaks)}")
     if gpu in NO_BFLOAT16:
         plan["warnings"].append(f"{gpu} has no bfloat16: the scripts take float16 there")
     try:
@@ -222,7 +222,7 @@ def show(plan, args):
               f"after {big(run['D'])} tokens")
     if "hours" in plan:
         print(f"time            {plan['hours']:.1f} hours on {args.gpus} at {plan['rate']:,.0f} "
-              f"tokens/s (MFU {plan['mfu']:.0%} of {plan['source']}), without evaluations; "
+              f"tokens/s (MFU {plan['mfu']:.0%} from {plan['source']}), without evaluations; "
               f"{plan['price']:,.0f} USD")
     else:
         print("time            unknown: give --mfu, or train on this kind of GPU first")
@@ -257,9 +257,9 @@ def main():
     add("--log", default="log", help="folder of finished runs (default: %(default)s)")
     args, options = parser.parse_known_args()
     if args.mfu is not None and not 0 < args.mfu <= 1:
-        fail(f"--mfu={args.mfu} is a fraction of the peak: more than 0, at most 1")
+        fail(f"--mfu={args.mfu} must be a fraction of the peak: more than 0, at most 1")
     if not 0 <= args.price < math.inf or args.budget < 1:
-        fail(f"--price={args.price} is at least 0, and --budget={args.budget} at least 1")
+        fail(f"--price={args.price} must be at least 0, and --budget={args.budget} at least 1")
     if args.arch != "all":
         return show(make_plan(args.arch, options, args), args)
     print(compare.table([row(make_plan(arch, options, args)) for arch in SCRIPTS]))

@@ -1,7 +1,7 @@
 """
 A training run and its files in log_dir: log, console, checkpoints, resuming, and the modes --sample
 and --export. A line of log.txt is `step stream value`, where step counts the updates made before.
-No value depends on time, so the log of a resumed run equals that of an uninterrupted one.
+No value depends on time: on a CPU the log of a resumed run equals that of an uninterrupted one.
 """
 import glob
 import json
@@ -44,7 +44,7 @@ def free_memory(device):
 
 def estimate_memory(cfg, world, Model, compiled):
     """Return (bytes for any batch, bytes for each row of it, seconds of a forward pass of a row),
-    good to 30%: measured in the forward pass of one row through a second copy of the model."""
+    good to 30%: measured in the forward pass of one row through a model made for this alone."""
     kept = {}  # bytes of what the forward pass keeps for the backward pass
 
     def keep(tensor):
@@ -137,8 +137,8 @@ def checkpoints(folder):
 
 
 def delete_old_checkpoints(folder, step, keep):
-    """Delete the checkpoints up to this step but the newest `keep`, or none if keep is 0. Later
-    ones stay: they are damaged, so that the run resumed from an older one."""
+    """Delete the checkpoints up to this step, except the newest `keep`; none if keep is 0. A later
+    one stays: it must be damaged, or the run would have resumed from it."""
     paths = [path for found, path in checkpoints(folder).items() if found <= step]
     for path in paths[keep:] if keep else []:
         os.remove(path)
@@ -406,8 +406,8 @@ class Run:
         # with float16 the scaler skips such an update and lowers its scale, which is 1 otherwise
         skipped = not math.isfinite(norm)
         if not math.isfinite(loss) or (skipped and self.scaler.get_scale() <= 1):
-            fail(f"step {step}: the loss is {loss}, the gradient norm {norm}; not saved. Go "
-                 f"back to {self.checkpoint or 'the start'}: less --learning_rate, more warm-up")
+            fail(f"step {step}: loss {loss}, gradient norm {norm}; not saved. Start again from "
+                 f"{self.checkpoint or 'step 0'} with a lower --learning_rate, or longer warm-up")
         self.stopping = signalled > 0
         values = {"train": f"{loss:.6f}", "lr": f"{lr:.4e}", "norm": f"{norm:.4f}"}
         values |= {name: f"{value:.4f}" for name, value in zip(names, extra)}
@@ -546,7 +546,7 @@ def export(model, path, checkpoint, folder, to_hf):
     if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
         fail(f"--export={folder} is not empty, or not a folder: choose a new name")
     tokenizer = get_tokenizer(checkpoint["vocab"], model.cfg.vocab_size)
-    with explain("--export needs transformers 5 (pip install transformers)", Exception):
+    with explain("--export failed; try transformers 5 (pip install -U transformers)", Exception):
         exported = to_hf(model)  # what an old version lacks shows in errors of many types
     try:
         os.makedirs(folder, exist_ok=True)

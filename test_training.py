@@ -1317,7 +1317,7 @@ def test_an_export_that_fails_is_one_line(monkeypatch, capsys):
         def to_hf(model, error=error):
             raise error
         monkeypatch.setattr(SCRIPTS["gpt2"], "to_hf", to_hf)
-        bad(capsys, export, "pip install transformers", str(error).split("\n")[0])
+        bad(capsys, export, "pip install -U transformers", str(error).split("\n")[0])
         assert not os.path.exists("exported")
 
 
@@ -1665,6 +1665,14 @@ def test_widths_follow_n_embd(arch, monkeypatch):
     if hasattr(default, "n_kv_head"):
         assert config("--n_head=8").n_kv_head == 2
         assert config("--n_embd=128", "--ffn_dim=400").ffn_dim == 400
+
+
+def test_the_built_in_text_has_its_own_vocabulary(monkeypatch):
+    """A model of the folder that --tiny wrote gets 257 tokens and padding, with --tiny and without."""
+    fineweb.write_builtin_text("tiny_data")
+    for options in ["--tiny"], ["--data_dir=tiny_data"]:
+        monkeypatch.setattr(sys, "argv", ["train", *options])
+        assert common.parse_args(SCRIPTS["gpt2"].Config, SCRIPTS["gpt2"].TINY)[0].vocab_size == 320
 
 
 def test_an_error_is_one_line_without_a_traceback():
