@@ -22,8 +22,8 @@ standard deviation of 0.006 was chosen for a width of 7,168 and learns slowly in
 short runs: those of the README end at a validation loss of 5.38 with --init_std=0.02, and at 5.52
 with 0.006. So also run --init_std=0.02 before you rank it. The log's maxvio is the load of the
 busiest expert in the worst layer, divided by the mean load, minus 1: 0 is ideal, 3 the worst. The
-bias needs hundreds of steps: with 0.02 maxvio averages 2.84, 2.12, 0.99 and 0.91 in tenths 1, 4, 7
-and 10 of those 612 steps.
+bias needs hundreds of steps: with 0.02 maxvio averages 2.8, 1.7, 0.9 and 0.8 in the first, fourth,
+seventh and last tenth of those 612 steps (three seeds).
 
 Run it:
   python train_deepseek.py --tiny                # a small model on built-in text, minutes on a CPU
