@@ -20,7 +20,7 @@ What to expect: with 880M parameters and 105B tokens the authors report a valida
 that of a plain Transformer, at a tenth of its speed; 0.02 of it come from mixing heads (tables 2, 5
 and 9). Computed as here, MTA is about twice as fast as their code on a CPU.
 In the small runs of the README the initialisation weighs as much as the architecture: MTA ends at
-5.80, with its authors' initialisation (--init_std=0, one seed) at 5.64, and LLaMA at 5.44.
+5.80, with its authors' initialisation (--init_std=0) at 5.62, and LLaMA at 5.45.
 
 Run it:
   python train_mta.py --tiny                # a small model on built-in text, minutes on a CPU
