@@ -88,7 +88,7 @@ NUMBER = int | float
 RUN_JSON = {
     "arch": str, "device": str, "flops_per_token": NUMBER,
     "tokens_per_second": NUMBER | None,
-    "params": dict, "params.total": NUMBER, "params.active": NUMBER,
+    "params": dict, "params.total": NUMBER, "params.active": NUMBER, "params.non_embedding": NUMBER,
     "vocab": dict | None, "vocab.sha256": str | None,  # None: GPT-2's or unknown
     "val_text": dict | None, "val_text.bytes": int, "val_text.sha256": str,
     "bytes_per_token": NUMBER | None,
@@ -100,7 +100,7 @@ UNKNOWN = {"tokens_per_second": None, "vocab": None, "val_text": None, "bytes_pe
 # The content of run.json for a run of build-nanogpt, which writes none. NaN and None mean unknown.
 BUILD_NANOGPT = {
     "flops_per_token": math.nan,
-    "params": {"total": math.nan, "active": math.nan},
+    "params": {"total": math.nan, "active": math.nan, "non_embedding": math.nan},
     "config": {"data_dir": "edu_fineweb10B", "vocab_size": 50304, "total_batch_size": 524288,
                "max_steps": 19073, "hellaswag_file": "", "hella_limit": 10042}}
 NO_RUN_JSON = "no run.json: taken as build-nanogpt's, 524,288 tokens a step, 10,042 HellaSwag items"

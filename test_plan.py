@@ -33,7 +33,7 @@ def planned(capsys, monkeypatch, *options):
 
 
 def finished_run(folder, loss, n_params, max_steps, tokens_per_second=None, device="cpu", vocab_size=50304, vocab=None,
-                 arch="gpt2", non_embedding=None):
+                 arch="gpt2", non_embedding=0):
     """Write log.txt and run.json of a finished run of steps of 1,000,000 tokens."""
     os.makedirs(folder)
     config = {"data_dir": "x", "vocab_size": vocab_size, "total_batch_size": 10**6, "max_steps": max_steps,
@@ -123,6 +123,8 @@ def test_a_finished_run_counts_one_matrix_of_the_vocabulary(capsys, monkeypatch)
     finished_run("log/rwkv", loss, 122606080, 10000, arch="rwkv", non_embedding=122606080 - 2 * 32194560)
     out = planned(capsys, monkeypatch, "rwkv")
     assert f"shifted       {loss:.2f}, through log/rwkv: {loss:.2f} after 10 B tokens" in out
+    finished_run("edited/rwkv", loss, 122606080, 10000, arch="rwkv", non_embedding=None)
+    assert "through llm.c's" in planned(capsys, monkeypatch, "rwkv", "--log=edited")
 
 
 def test_data_time_and_price(capsys, monkeypatch):

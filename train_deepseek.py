@@ -457,7 +457,7 @@ class Model(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     def compile(self, **options):
-        """Compile each block and the loss separately. One graph serves all blocks of a kind, which
+        """Compile each block and the loss separately. Blocks of a kind share a graph, so that this
         takes seconds; DDP sums a block's gradients while those of the block before are computed."""
         parts = [*self.model.layers, self.model.norm]
         for module in parts if self.mtp is None else [*parts, self.mtp]:

@@ -338,7 +338,7 @@ class Model(nn.Module):
         return std
 
     def compile(self, **options):
-        """Compile each block and the loss separately. One graph serves all blocks of a kind, which
+        """Compile each block and the loss separately. Blocks of a kind share a graph, so that this
         takes seconds; DDP sums a block's gradients while those of the block before are computed.
         On CUDA this also makes flex_attention's mask, unless head_dim is below its minimum, 16."""
         device = self.lm_head.weight.device

@@ -213,7 +213,7 @@ class Model(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     def compile(self, **options):
-        """Compile each block and the loss separately. One graph serves all blocks, so that this
+        """Compile each block and the loss separately. The blocks share a graph, so that this
         takes seconds; DDP sums a block's gradients while those of the block before are computed."""
         for module in [*self.model.layers, self.model.norm]:
             module.compile(**options)

@@ -232,7 +232,7 @@ class Model(nn.Module):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * cfg.n_layer) if residual else 0.02)
 
     def compile(self, **options):
-        """Compile each block and the loss separately. One graph serves all blocks, so that this
+        """Compile each block and the loss separately. The blocks share a graph, so that this
         takes seconds; DDP sums a block's gradients while those of the block before are computed.
         On CUDA this also makes flex_attention's mask, unless head_dim is below its minimum, 16."""
         device = self.lm_head.weight.device

@@ -625,8 +625,8 @@ class Model(nn.Module):
         return None, self.loss(hidden, targets)
 
     def compile(self, **options):
-        """Compile each block and the loss separately. One graph serves all blocks but the first,
-        which takes seconds; DDP sums a block's gradients while those of the block before are
+        """Compile each block and the loss separately. All blocks but the first share a graph, so
+        that this takes seconds; DDP sums a block's gradients while those of the block before are
         computed."""
         for block in self.blocks:
             block.compile(**options)
